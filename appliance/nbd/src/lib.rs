@@ -1,0 +1,1 @@
+//! The NBD protocol: sans-I/O machines, a tokio server and a tokio client.

@@ -1,0 +1,1 @@
+//! Where a point in time becomes a machine: local QEMU, disk exports.
