@@ -96,7 +96,8 @@ impl EpochTable {
             let duplicate = epochs.iter().take(at + 1).any(|epoch| epoch.id == newer.id);
             if duplicate
                 || newer.forked_from.epoch != older.id
-                || newer.forked_from.seq <= older.forked_from.seq && newer.forked_from != older.forked_from
+                || newer.forked_from.seq <= older.forked_from.seq
+                    && newer.forked_from != older.forked_from
             {
                 return Err(BadEpochTable::Broken(at + 1));
             }

@@ -50,7 +50,6 @@ pub const TEXT_MAX: usize = 512;
 
 const _: () = assert!(FRAME_PAYLOAD_MAX.is_multiple_of(BLOCK_MAX));
 const _: () = assert!(BLOCK_MAX.is_multiple_of(PAGE));
-const _: () = assert!(
-    FRAME_HEAD_MAX >= 128 + FRAME_RECORDS_MAX * (48 + NAME_LEN_MAX) + 8 * FRAME_BLOCKS_MAX
-);
+const _: () =
+    assert!(FRAME_HEAD_MAX >= 128 + FRAME_RECORDS_MAX * (48 + NAME_LEN_MAX) + 8 * FRAME_BLOCKS_MAX);
 const _: () = assert!(MESSAGE_MAX >= EPOCHS_MAX * 128 + DISKS_MAX * (64 + NAME_LEN_MAX));

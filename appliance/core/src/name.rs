@@ -33,10 +33,11 @@ impl FromStr for Name {
     type Err = MalformedName;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let first_ok = text.bytes().next().is_some_and(|b| b.is_ascii_lowercase() || b.is_ascii_digit());
-        let rest_ok = text
-            .bytes()
-            .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || matches!(b, b'.' | b'_' | b'-'));
+        let first_ok =
+            text.bytes().next().is_some_and(|b| b.is_ascii_lowercase() || b.is_ascii_digit());
+        let rest_ok = text.bytes().all(|b| {
+            b.is_ascii_lowercase() || b.is_ascii_digit() || matches!(b, b'.' | b'_' | b'-')
+        });
         if first_ok && rest_ok && text.len() <= NAME_LEN_MAX {
             Ok(Self(text.into()))
         } else {

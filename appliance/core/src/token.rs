@@ -32,7 +32,9 @@ pub enum MistypedToken {
     #[error("mistyped token: it has the character {0:?}, which no token has")]
     Character(char),
     /// The check character does not fit.
-    #[error("mistyped token: the check digit does not fit; a character is wrong or two are swapped")]
+    #[error(
+        "mistyped token: the check digit does not fit; a character is wrong or two are swapped"
+    )]
     Check,
 }
 

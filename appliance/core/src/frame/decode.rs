@@ -109,7 +109,8 @@ impl<'a> Head<'a> {
         let table_len = head_len
             .checked_sub(HEADER_LEN + 8 * blocks_len)
             .ok_or(FrameError::OutOfRange("head length"))?;
-        let head = Self { header, table: reader.take(table_len)?, sums: reader.take(8 * blocks_len)? };
+        let head =
+            Self { header, table: reader.take(table_len)?, sums: reader.take(8 * blocks_len)? };
         head.check_records(records_len, blocks_len, content)?;
         Ok(head)
     }
@@ -180,9 +181,7 @@ impl<'a> Head<'a> {
                     (disk, block)
                 })
             })
-            .map_while(move |(disk, extent)| {
-                Some(Block { disk, extent, sum: sums.u64().ok()? })
-            })
+            .map_while(move |(disk, extent)| Some(Block { disk, extent, sum: sums.u64().ok()? }))
     }
 }
 

@@ -332,11 +332,7 @@ fn decode_body<'a>(kind: u8, body: &mut Reader<'a>) -> Result<Record<'a>, Record
         ZERO | TRIM => {
             let disk = disk_no(body)?;
             let extent = extent(body.u64()?, body.u64()?)?;
-            if kind == ZERO {
-                Record::Zero { disk, extent }
-            } else {
-                Record::Trim { disk, extent }
-            }
+            if kind == ZERO { Record::Zero { disk, extent } } else { Record::Trim { disk, extent } }
         }
         MARK => {
             let id = CheckpointId(body.array()?);

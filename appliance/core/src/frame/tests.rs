@@ -118,7 +118,10 @@ fn any_record() -> impl Strategy<Value = (u8, u32, u64, u64, [u8; 16])> {
     (0u8..11, 0u32..64, 0u64..1 << 41, 1u64..1 << 20, any::<[u8; 16]>())
 }
 
-fn make(builder: &mut Builder, (kind, disk, start, sectors, id): (u8, u32, u64, u64, [u8; 16])) -> bool {
+fn make(
+    builder: &mut Builder,
+    (kind, disk, start, sectors, id): (u8, u32, u64, u64, [u8; 16]),
+) -> bool {
     let disk = DiskNo(disk);
     let start = start.min(crate::limits::DISK_SECTORS_MAX - sectors);
     let extent = Extent::new(start, sectors);
@@ -230,7 +233,8 @@ fn encoding_tables_must_fit_the_frame() {
     let (bytes, hash) = builder.finish(&fields(5));
     let head = Head::decode(&bytes).unwrap();
     let check = |blocks: &[(Codec, u32)], stored_len: u32| {
-        let blocks: Vec<Stored> = blocks.iter().map(|(codec, len)| Stored { codec: *codec, len: *len }).collect();
+        let blocks: Vec<Stored> =
+            blocks.iter().map(|(codec, len)| Stored { codec: *codec, len: *len }).collect();
         let envelope = Envelope {
             segment: 0,
             head_len: 0,
@@ -266,13 +270,21 @@ fn frames_are_capped() {
     let mut builder = Builder::new();
     let name = "n".repeat(63);
     let mut adds = 0;
-    while builder.record(&Record::DiskAdd { disk: DiskNo(0), id: DiskId([0; 16]), sectors: 1, name: &name }) {
+    while builder.record(&Record::DiskAdd {
+        disk: DiskNo(0),
+        id: DiskId([0; 16]),
+        sectors: 1,
+        name: &name,
+    }) {
         adds += 1;
     }
     assert_eq!(adds, 1024, "the record cap comes first");
     let (head, _) = builder.finish(&fields(2));
     assert!(Head::decode(&head).is_ok());
-    assert!(!Builder::new().write(DiskNo(0), Extent::new(0, 513), &[0; 9]), "one write over the cap");
+    assert!(
+        !Builder::new().write(DiskNo(0), Extent::new(0, 513), &[0; 9]),
+        "one write over the cap"
+    );
     assert!(!Builder::new().write(DiskNo(0), Extent::new(0, 8), &[0; 2]), "a checksum too many");
     assert!(!Builder::new().write(DiskNo(0), Extent::new(0, 0), &[]), "an empty write");
 }

@@ -1,0 +1,204 @@
+//! Control messages and stream headers: pinned bytes, round trips, hostile bytes.
+
+extern crate std;
+use std::string::{String, ToString};
+use std::vec::Vec;
+use std::{format, vec};
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::epoch::{EpochTable, Position};
+use crate::ids::{CheckpointId, DiskId, DiskNo, EpochId, FrameHash, GroupId, Seq};
+use crate::time::{LogTime, WallTime};
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+fn position(n: u8) -> Position {
+    Position { epoch: EpochId([n; 16]), seq: Seq(u64::from(n)), hash: FrameHash([n; 16]) }
+}
+fn table() -> EpochTable {
+    EpochTable::new(EpochId([1; 16])).fork(EpochId([2; 16]), position(1)).unwrap()
+}
+
+/// One of each, with its bytes.
+fn messages() -> Vec<(Message, String)> {
+    let group = GroupId([0xaa; 16]);
+    let g = "aa".repeat(16);
+    let p = |n: u8| {
+        format!(
+            "{}{n:02x}00000000000000{}",
+            format!("{n:02x}").repeat(16),
+            format!("{n:02x}").repeat(16)
+        )
+    };
+    let epochs = format!(
+        "0200{}{}0000000000000000{}{}{}",
+        "01".repeat(16),
+        "01".repeat(16),
+        "00".repeat(16),
+        "02".repeat(16),
+        p(1)
+    );
+    vec![
+        (
+            Message::Hello(Hello {
+                name: "node-a".parse().unwrap(),
+                software: "0.1".into(),
+                wall_time: WallTime(5),
+            }),
+            "1c000000 01 53524e68 0100 0600 6e6f64652d61 0300 302e31 0500000000000000".replace(' ', ""),
+        ),
+        (
+            Message::Offer(Offer {
+                group,
+                name: "web".parse().unwrap(),
+                nonce: 7,
+                epochs: table(),
+                head: position(3),
+                oldest: Seq(1),
+                disks: vec![OfferedDisk {
+                    no: DiskNo(4),
+                    id: DiskId([0xbb; 16]),
+                    sectors: 8,
+                    name: "d".parse().unwrap(),
+                }],
+            }),
+            format!(
+                "e1000000 02 {g} 0300 776562 0700000000000000 {epochs} {} 0100000000000000 0100 04000000 {} 0800000000000000 0100 64",
+                p(3),
+                "bb".repeat(16)
+            )
+            .replace(' ', ""),
+        ),
+        (
+            Message::Accept(Accept { group, nonce: 7, position: position(3), credit: 9 }),
+            format!("49000000 03 {g} 0700000000000000 {} 0900000000000000", p(3)).replace(' ', ""),
+        ),
+        (
+            Message::Refuse(Refuse {
+                group,
+                code: RefuseCode::Fenced,
+                text: "no".into(),
+                epochs: Some(table()),
+            }),
+            format!("89000000 04 {g} 01 0200 6e6f 01 {epochs}").replace(' ', ""),
+        ),
+        (Message::Ack { group, seq: Seq(3) }, format!("1900000005{g}0300000000000000")),
+        (Message::Credit { group, limit: 4 }, format!("1900000006{g}0400000000000000")),
+        (
+            Message::Progress(Progress {
+                group,
+                head: Seq(1),
+                log_time: LogTime(2),
+                wall_time: WallTime(3),
+                behind_bytes: 4,
+                behind_us: 5,
+                state: "s".into(),
+            }),
+            format!("3c00000007{g}0100000000000000020000000000000003000000000000000400000000000000050000000000000001 0073").replace(' ', ""),
+        ),
+        (Message::Hindrance { group, text: "full".into() }, format!("1700000008{g}040066756c6c")),
+        (Message::Drain { group }, format!("1100000009{g}")),
+        (Message::Drained { group, last: position(6) }, format!("390000000a{g}{}", p(6))),
+        (
+            Message::MarkRequest { group, id: CheckpointId([0xcc; 16]) },
+            format!("210000000b{g}{}", "cc".repeat(16)),
+        ),
+        (Message::Goodbye { unpaired: true, text: "bye".into() }, "070000000c010300627965".into()),
+    ]
+}
+
+#[test]
+fn message_bytes_are_pinned_and_round_trip() {
+    for (message, bytes) in messages() {
+        let encoded = message.encode();
+        assert_eq!(hex(&encoded), bytes, "{message:?}");
+        let (prefix, body) = encoded.split_first_chunk().unwrap();
+        assert_eq!(Message::len_from_prefix(*prefix), Ok(body.len()));
+        assert_eq!(Message::decode(body), Ok(message));
+    }
+}
+
+#[test]
+fn messages_must_be_exact() {
+    for (message, _) in messages() {
+        let body = message.encode().split_off(PREFIX_LEN);
+        for cut in 0..body.len() {
+            assert!(Message::decode(&body[..cut]).is_err(), "{message:?} cut at {cut}");
+        }
+        let mut long = body.clone();
+        long.push(0);
+        assert_eq!(Message::decode(&long), Err(WireError::Trailing(1)), "{message:?}");
+    }
+    assert_eq!(Message::decode(&[99]), Err(WireError::UnknownType(99)));
+    assert_eq!(Message::len_from_prefix([0; 4]), Err(WireError::OutOfRange("message length")));
+    assert_eq!(Message::len_from_prefix([0, 0, 0, 1]), Err(WireError::TooLong(1 << 24)));
+}
+
+#[test]
+fn another_version_is_named() {
+    let hello =
+        Hello { name: "a".parse().unwrap(), software: String::new(), wall_time: WallTime(0) };
+    let mut body = Message::Hello(hello).encode().split_off(PREFIX_LEN);
+    body[5] = 9;
+    // Whatever follows the version may have changed too: it is not looked at.
+    body.truncate(7);
+    let error = Message::decode(&body).unwrap_err();
+    assert_eq!(error, WireError::Version { theirs: 9 });
+    assert!(error.to_string().contains("version 9"));
+}
+
+#[test]
+fn text_from_a_peer_cannot_move_the_cursor() {
+    let message = Message::Goodbye { unpaired: false, text: "\u{1b}[2J".into() };
+    let error = Message::decode(&message.encode()[PREFIX_LEN..]).unwrap_err();
+    assert_eq!(error, WireError::OutOfRange("text has control characters"));
+}
+
+#[test]
+fn long_texts_are_cut_at_a_character() {
+    let message = Message::Goodbye { unpaired: false, text: "\u{e4}".repeat(400) };
+    let Message::Goodbye { text, .. } = Message::decode(&message.encode()[PREFIX_LEN..]).unwrap()
+    else {
+        panic!("another message");
+    };
+    assert_eq!(text.len(), 512);
+}
+
+#[test]
+fn stream_header_bytes_are_pinned() {
+    let header = StreamHeader { group: GroupId([0xaa; 16]), nonce: 2, first: Seq(3) };
+    let bytes = header.encode();
+    assert_eq!(
+        hex(&bytes),
+        format!("53524e7301000000{}02000000000000000300000000000000", "aa".repeat(16))
+    );
+    let mut bytes: [u8; StreamHeader::LEN] = bytes.try_into().unwrap();
+    assert_eq!(StreamHeader::decode(&bytes), Ok(header));
+    bytes[4] = 2;
+    assert_eq!(StreamHeader::decode(&bytes), Err(WireError::Version { theirs: 2 }));
+}
+
+proptest! {
+    #[test]
+    fn hostile_messages_never_panic(
+        at in any::<prop::sample::Index>(),
+        flips in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..6),
+        noise in prop::collection::vec(any::<u8>(), 0..200),
+    ) {
+        let all = messages();
+        let mut bytes = all[at.index(all.len())].0.encode().split_off(PREFIX_LEN);
+        for (at, value) in flips {
+            let at = at.index(bytes.len());
+            bytes[at] = value;
+        }
+        for bytes in [&bytes, &noise] {
+            if let Ok(message) = Message::decode(bytes) {
+                // What decodes is canonical.
+                prop_assert_eq!(&message.encode()[PREFIX_LEN..], &bytes[..]);
+            }
+        }
+    }
+}
