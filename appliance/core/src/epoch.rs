@@ -176,6 +176,20 @@ impl EpochTable {
         }
     }
 
+    /// The sequence number up to which two lines are the same history: where the first of them
+    /// left the other. The largest number when they are one line; `None` when they have nothing in
+    /// common.
+    #[must_use]
+    pub fn common_with(&self, other: &Self) -> Option<Seq> {
+        let same = self.epochs.iter().zip(&other.epochs).take_while(|(a, b)| a == b).count();
+        if same == 0 {
+            return None;
+        }
+        let fork = |epochs: &[Epoch]| epochs.get(same).map(|epoch| epoch.forked_from.seq);
+        let forks = [fork(&self.epochs), fork(&other.epochs)];
+        Some(forks.into_iter().flatten().min().unwrap_or(Seq(u64::MAX)))
+    }
+
     /// Whether `other` is this line with more epochs behind it: then `other`'s node went on after
     /// ours stopped, and ours is fenced.
     #[must_use]
@@ -219,6 +233,18 @@ mod tests {
         assert!(!two.is_superseded_by(&one));
         assert!(!two.is_superseded_by(&two));
         assert!(!two.is_superseded_by(&other) && !other.is_superseded_by(&two));
+    }
+
+    #[test]
+    fn lines_share_history_up_to_the_first_fork() {
+        let one = EpochTable::new(id(1));
+        let at_ten = one.fork(id(2), at(1, 10)).unwrap();
+        let at_seven = one.fork(id(3), at(1, 7)).unwrap();
+        assert_eq!(at_ten.common_with(&at_seven), Some(Seq(7)));
+        assert_eq!(one.common_with(&at_ten), Some(Seq(10)));
+        assert_eq!(at_ten.common_with(&one), Some(Seq(10)));
+        assert_eq!(one.common_with(&one), Some(Seq(u64::MAX)));
+        assert_eq!(one.common_with(&EpochTable::new(id(9))), None);
     }
 
     #[test]

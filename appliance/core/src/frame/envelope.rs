@@ -8,7 +8,7 @@ use alloc::vec::Vec;
 
 use super::decode::Head;
 use crate::bytes::{Reader, Truncated, Writer, content_sum};
-use crate::ids::FrameHash;
+use crate::ids::{FrameHash, Seq};
 use crate::limits::{BLOCK_MAX, FRAME_BLOCKS_MAX, FRAME_HEAD_MAX, FRAME_PAYLOAD_MAX, PAGE};
 
 /// First bytes of an envelope.
@@ -80,6 +80,9 @@ pub struct Envelope {
     pub stored_len: u32,
     /// The frame's hash.
     pub hash: FrameHash,
+    /// The highest sequence number known to be durable *in this copy's log* when it was written;
+    /// zero on the wire. It tells damage from a tail that a crash has torn.
+    pub durable: Seq,
 }
 
 /// Why bytes are not an envelope.
@@ -141,7 +144,7 @@ impl Envelope {
         bytes.put_u32(self.stored_len);
         bytes.put_u32(0);
         bytes.put(&self.hash.0);
-        bytes.put_u64(0);
+        bytes.put_u64(self.durable.0);
         bytes.put(table);
         let sum = content_sum(&bytes);
         let mut out = [0u8; LEN];
@@ -177,10 +180,8 @@ impl Envelope {
                 }
                 FrameHash(reader.array()?)
             },
+            durable: Seq(reader.u64()?),
         };
-        if reader.u64()? != 0 {
-            return Err(EnvelopeError::OutOfRange("reserved bytes"));
-        }
         reader.u64()?;
         let fits = |value: u32, max: usize| usize::try_from(value).is_ok_and(|value| value <= max);
         if !fits(envelope.head_len, FRAME_HEAD_MAX) {

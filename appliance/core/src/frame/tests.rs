@@ -82,6 +82,7 @@ fn envelope_bytes_are_pinned() {
         encoded_blocks: 1,
         stored_len: 0x123,
         hash: FrameHash([0x55; 16]),
+        durable: Seq(9),
     };
     let table = encode_table(&[Stored { codec: Codec::Zstd, len: 0x123 }]);
     assert_eq!(hex(&table), "23010002");
@@ -96,7 +97,7 @@ fn envelope_bytes_are_pinned() {
         "23010000",
         "00000000",
         "55555555555555555555555555555555",
-        "0000000000000000",
+        "0900000000000000",
     ]
     .concat();
     assert_eq!(hex(&bytes[..LEN - 8]), expected);
@@ -241,6 +242,7 @@ fn encoding_tables_must_fit_the_frame() {
             encoded_blocks: blocks.len() as u32,
             stored_len,
             hash,
+            durable: Seq(0),
         };
         envelope.stored_blocks(&head, &encode_table(&blocks)).map(|blocks| blocks.len())
     };

@@ -63,7 +63,7 @@ impl StreamHeader {
 /// The lengths of the frame that follows in a stream, from its envelope.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct WireFrame {
-    /// The envelope; its segment id is zero.
+    /// The envelope; its segment id and watermark are zero.
     pub envelope: Envelope,
 }
 
@@ -74,11 +74,11 @@ impl WireFrame {
     /// Reads and checks the fixed part.
     ///
     /// # Errors
-    /// [`EnvelopeError`]; a peer that sends a segment id misbehaves.
+    /// [`EnvelopeError`]; a peer that sends a segment id or a watermark misbehaves.
     pub fn decode(fixed: &[u8; envelope::LEN]) -> Result<Self, EnvelopeError> {
         let envelope = Envelope::decode(fixed)?;
-        if envelope.segment != 0 {
-            return Err(EnvelopeError::OutOfRange("segment id"));
+        if envelope.segment != 0 || envelope.durable != Seq::ZERO {
+            return Err(EnvelopeError::OutOfRange("fields of a copy on disk"));
         }
         Ok(Self { envelope })
     }

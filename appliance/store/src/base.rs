@@ -1,0 +1,280 @@
+//! The base: for each disk one sparse raw file with its content at the oldest position that is
+//! still needed, and beside it one checksum for every 4 KiB page.
+//!
+//! A page whose checksum is zero was never written, or was zeroed: it reads as zero and the raw
+//! file has a hole there. The base is changed only by retirement, which shadows every page it
+//! changes with the log until the change is durable; what a reader takes from here is therefore
+//! never in motion, but for pages that share sectors with one in motion, hence the lock.
+
+use std::collections::BTreeMap;
+use std::io::IoSlice;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+
+use srn_core::bytes::{content_sum, is_zero};
+use srn_core::extent::Extent;
+use srn_core::ids::{DiskId, DiskNo};
+use srn_core::limits::{PAGE, PAGE_SECTORS, SECTOR};
+
+use crate::error::{Doing, Result, StoreError};
+use crate::io::{Access, AlignedBuf, BufPool, File, Fs, Volume};
+
+/// Bytes of a page's checksum.
+const SUM_LEN: u64 = 8;
+
+/// Pages looked at in one answer about spans: 256 MiB of disk.
+const SPAN_PAGES_MAX: u64 = 64 * 1024;
+
+/// The base of one group.
+#[derive(Debug)]
+pub(crate) struct Base {
+    volume: Volume,
+    dir: PathBuf,
+    pool: BufPool,
+    disks: Mutex<BTreeMap<DiskNo, Arc<BaseDisk>>>,
+}
+
+/// The base of one disk.
+#[derive(Debug)]
+pub(crate) struct BaseDisk {
+    id: DiskId,
+    raw: Arc<dyn File>,
+    sums: Arc<dyn File>,
+    /// Held for reading while pages and their checksums are read, for writing while they change.
+    moving: RwLock<()>,
+    pool: BufPool,
+}
+
+fn raw_name(id: DiskId) -> String {
+    format!("{id}.raw")
+}
+
+fn sums_name(id: DiskId) -> String {
+    format!("{id}.sum")
+}
+
+/// What a page's checksum says in the file: zero is kept for pages that read as zero.
+fn page_sum(page: &[u8]) -> u64 {
+    content_sum(page).max(1)
+}
+
+impl Base {
+    /// The base in `dir`; its disks are opened by [`Base::add`].
+    #[must_use]
+    pub(crate) fn new(volume: &Volume, dir: &Path, pool: &BufPool) -> Self {
+        Self {
+            volume: volume.clone(),
+            dir: dir.into(),
+            pool: pool.clone(),
+            disks: Mutex::new(BTreeMap::new()),
+        }
+    }
+
+    /// Opens a disk's files, or makes them, durably, with a size of `sectors`.
+    ///
+    /// # Errors
+    /// As the volume says.
+    pub(crate) fn add(&self, no: DiskNo, id: DiskId, sectors: u64) -> Result<()> {
+        let file = |name: String, len: u64, access: Access| {
+            let path = self.dir.join(&name);
+            let doing = || format!("opening base file {name}");
+            let file = match self.volume.open(&path, access) {
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                    let file = self.volume.create(&path, access).doing(doing)?;
+                    self.volume.sync_dir(&self.dir).doing(doing)?;
+                    file
+                }
+                other => other.doing(doing)?,
+            };
+            if file.size().doing(doing)? != len {
+                file.set_len(len).doing(doing)?;
+                file.sync().doing(doing)?;
+            }
+            Ok::<_, StoreError>(file)
+        };
+        let pages = sectors.div_ceil(PAGE_SECTORS);
+        let disk = BaseDisk {
+            id,
+            raw: file(raw_name(id), pages * PAGE as u64, Access::Direct)?,
+            // Eight bytes at a time: the page cache is the right place for them.
+            sums: file(sums_name(id), pages * SUM_LEN, Access::Buffered)?,
+            moving: RwLock::new(()),
+            pool: self.pool.clone(),
+        };
+        self.lock().insert(no, Arc::new(disk));
+        Ok(())
+    }
+
+    /// Forgets a disk and removes its files.
+    pub(crate) fn remove(&self, no: DiskNo) {
+        if let Some(disk) = self.lock().remove(&no) {
+            // Whatever stays behind is found and removed at the next start.
+            let _ = self.volume.remove(&self.dir.join(raw_name(disk.id)));
+            let _ = self.volume.remove(&self.dir.join(sums_name(disk.id)));
+        }
+    }
+
+    /// The names of the files that belong to the disks which are open.
+    #[must_use]
+    pub(crate) fn file_names(&self) -> Vec<String> {
+        let disks = self.lock();
+        disks.values().flat_map(|disk| [raw_name(disk.id), sums_name(disk.id)]).collect()
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<DiskNo, Arc<BaseDisk>>> {
+        self.disks.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A disk's base; none when it has none yet.
+    #[must_use]
+    pub(crate) fn disk(&self, no: DiskNo) -> Option<Arc<BaseDisk>> {
+        self.lock().get(&no).cloned()
+    }
+
+    /// Reads an extent; a disk that has no base yet reads as zero.
+    ///
+    /// # Errors
+    /// [`StoreError::Corrupt`] naming the first damaged page; as the volume says.
+    pub(crate) fn read(&self, no: DiskNo, extent: Extent, out: &mut [u8]) -> Result<()> {
+        match self.disk(no) {
+            Some(disk) => disk.read(extent, out),
+            None => {
+                out.fill(0);
+                Ok(())
+            }
+        }
+    }
+
+    /// Which parts of an extent have content, and whether that is all of it.
+    ///
+    /// # Errors
+    /// As the volume says.
+    pub(crate) fn spans(&self, no: DiskNo, extent: Extent) -> Result<(Vec<(Extent, bool)>, bool)> {
+        match self.disk(no) {
+            Some(disk) => disk.spans(extent),
+            None => Ok((vec![(extent, false)], true)),
+        }
+    }
+}
+
+impl BaseDisk {
+    fn sums_of(&self, first: u64, pages: u64) -> Result<Vec<u64>> {
+        let doing = || format!("reading checksums of base disk {}", self.id);
+        let mut bytes = vec![0; usize::try_from(pages * SUM_LEN).unwrap_or(0)];
+        // What is beyond the file's end belongs to pages that were never written.
+        self.sums.read_at(&mut bytes, first * SUM_LEN).doing(doing)?;
+        let (sums, _) = bytes.as_chunks::<8>();
+        Ok(sums.iter().map(|sum| u64::from_le_bytes(*sum)).collect())
+    }
+
+    /// Reads an extent of the disk.
+    ///
+    /// # Errors
+    /// [`StoreError::Corrupt`] naming the first damaged page; as the volume says.
+    pub(crate) fn read(&self, extent: Extent, out: &mut [u8]) -> Result<()> {
+        let first = extent.start / PAGE_SECTORS;
+        let end = extent.end().div_ceil(PAGE_SECTORS);
+        let _still = self.moving.read().unwrap_or_else(PoisonError::into_inner);
+        let sums = self.sums_of(first, end - first)?;
+        if sums.iter().all(|sum| *sum == 0) {
+            out.fill(0);
+            return Ok(());
+        }
+        let mut pages = self.pool.take(sums.len() * PAGE);
+        self.raw
+            .read_at(&mut pages, first * PAGE as u64)
+            .doing(|| format!("reading base disk {}", self.id))?;
+        for ((page, sum), number) in pages.chunks_exact_mut(PAGE).zip(&sums).zip(first..) {
+            if *sum == 0 {
+                page.fill(0);
+            } else if page_sum(page) != *sum {
+                return Err(StoreError::Corrupt(format!(
+                    "sectors {}+{PAGE_SECTORS} of base disk {} do not have their checksum",
+                    number * PAGE_SECTORS,
+                    self.id
+                )));
+            }
+        }
+        let skip = usize::try_from((extent.start - first * PAGE_SECTORS) * SECTOR).unwrap_or(0);
+        let wanted = pages.get(skip..skip + out.len());
+        out.copy_from_slice(wanted.ok_or_else(|| {
+            StoreError::Invalid("a read's buffer does not fit its extent".into())
+        })?);
+        Ok(())
+    }
+
+    fn spans(&self, extent: Extent) -> Result<(Vec<(Extent, bool)>, bool)> {
+        let first = extent.start / PAGE_SECTORS;
+        let end = extent.end().div_ceil(PAGE_SECTORS);
+        let pages = (end - first).min(SPAN_PAGES_MAX);
+        let _still = self.moving.read().unwrap_or_else(PoisonError::into_inner);
+        let mut spans: Vec<(Extent, bool)> = Vec::new();
+        for (sum, number) in self.sums_of(first, pages)?.into_iter().zip(first..) {
+            let page = Extent::new(number * PAGE_SECTORS, PAGE_SECTORS);
+            let Some(part) = page.intersect(&extent) else { continue };
+            match spans.last_mut() {
+                Some((last, is_data)) if *is_data == (sum != 0) => last.sectors += part.sectors,
+                _ => spans.push((part, sum != 0)),
+            }
+        }
+        Ok((spans, first + pages == end))
+    }
+
+    /// Puts whole pages in place; `bytes` begins at page `first`. Pages of zeros become holes. Not
+    /// durable until [`BaseDisk::sync`].
+    ///
+    /// # Errors
+    /// As the volume says.
+    pub(crate) fn put_pages(&self, first: u64, bytes: &[u8]) -> Result<()> {
+        let doing = || format!("writing base disk {}", self.id);
+        let mut sums = Vec::with_capacity(bytes.len() / PAGE);
+        for page in bytes.chunks_exact(PAGE) {
+            sums.push(if is_zero(page) { 0 } else { page_sum(page) });
+        }
+        let _moving = self.moving.write().unwrap_or_else(PoisonError::into_inner);
+        let mut at = 0;
+        for same in sums.chunk_by(|a, b| (*a == 0) == (*b == 0)) {
+            let offset = (first + at as u64) * PAGE as u64;
+            let part = bytes.get(at * PAGE..(at + same.len()) * PAGE).unwrap_or_default();
+            if same.first() == Some(&0) {
+                self.raw.punch(offset, part.len() as u64).doing(doing)?;
+            } else {
+                self.raw.write_at(&[IoSlice::new(part)], offset, false).doing(doing)?;
+            }
+            at += same.len();
+        }
+        let bytes: Vec<u8> = sums.iter().flat_map(|sum| sum.to_le_bytes()).collect();
+        self.sums.write_at(&[IoSlice::new(&bytes)], first * SUM_LEN, false).doing(doing)
+    }
+
+    /// Makes whole pages read as zero. Not durable until [`BaseDisk::sync`].
+    ///
+    /// # Errors
+    /// As the volume says.
+    pub(crate) fn zero_pages(&self, first: u64, pages: u64) -> Result<()> {
+        let doing = || format!("freeing space of base disk {}", self.id);
+        let _moving = self.moving.write().unwrap_or_else(PoisonError::into_inner);
+        self.raw.punch(first * PAGE as u64, pages * PAGE as u64).doing(doing)?;
+        self.sums.punch(first * SUM_LEN, pages * SUM_LEN).doing(doing)
+    }
+
+    /// Reads one page whole.
+    ///
+    /// # Errors
+    /// As [`BaseDisk::read`].
+    pub(crate) fn page(&self, number: u64) -> Result<AlignedBuf> {
+        let mut page = AlignedBuf::zeroed(PAGE);
+        self.read(Extent::new(number * PAGE_SECTORS, PAGE_SECTORS), &mut page)?;
+        Ok(page)
+    }
+
+    /// Makes everything put in place durable.
+    ///
+    /// # Errors
+    /// As the volume says.
+    pub(crate) fn sync(&self) -> Result<()> {
+        let doing = || format!("syncing base disk {}", self.id);
+        self.raw.sync().doing(doing)?;
+        self.sums.sync().doing(doing)
+    }
+}

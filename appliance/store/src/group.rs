@@ -1,0 +1,502 @@
+//! A group's history as one object: lines of frames, their index, the base.
+//!
+//! Who does what:
+//! * an [`Appender`] owns the end of one line and makes frames durable. One thread has it.
+//! * [`Group::maintain`] seals segments, prepares new ones, trims, merges and retires. One thread
+//!   calls it, in small steps.
+//! * [`View`]s read any disk at one position, [`Cursor`]s read frames in order; from any thread.
+//!
+//! They meet in [`State`], which is locked for moments only, never during input or output.
+//! What the manifest says is changed by [`Group::publish`] alone: durable first, then visible.
+
+mod append;
+mod build;
+mod cursor;
+mod fork;
+mod maintain;
+mod open;
+mod retire;
+mod slots;
+mod view;
+
+pub use append::{Appender, Committed};
+pub use build::{Change, OwnedRecord, Sums};
+pub use cursor::Cursor;
+pub use maintain::Worked;
+pub use open::Opened;
+pub use retire::Retention;
+pub use view::{Lease, SpanKind, View};
+
+use std::collections::{BTreeMap, VecDeque};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicUsize;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+
+use srn_core::epoch::{EpochTable, Position};
+use srn_core::ids::{CheckpointId, EpochId, FrameHash, GroupId, Seq};
+use srn_core::time::Now;
+
+use crate::base::Base;
+use crate::catalog::Catalog;
+use crate::error::{Doing, Result, StoreError};
+use crate::frame::Frame;
+use crate::index::{BlockCache, MarkPoint, MemTable, Run};
+use crate::io::{BufPool, Fs, Volume};
+use crate::manifest::{BaseMeta, Fence, Keep, Manifest, Note, Purpose, Role, TimelineMeta};
+use crate::segment::{FreeSlots, SEGMENT_BYTES_MAX, SEGMENT_BYTES_MIN, Segment};
+
+/// What all groups of a node share.
+#[derive(Clone)]
+pub struct Shared {
+    /// The state volume.
+    pub volume: Volume,
+    /// Page-aligned memory.
+    pub pool: BufPool,
+    /// Blocks of index files.
+    pub cache: Arc<BlockCache>,
+    /// Bytes of recent frames kept in memory by all groups together, and their cap.
+    pub recent: Arc<RecentBudget>,
+    /// Fresh random numbers, for segment ids.
+    pub entropy: Arc<dyn Fn() -> u64 + Send + Sync>,
+}
+
+impl std::fmt::Debug for Shared {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Shared")
+    }
+}
+
+/// Bounds the memory for frames that were just written and are about to be sent.
+#[derive(Debug)]
+pub struct RecentBudget {
+    pub(crate) used: AtomicUsize,
+    pub(crate) max: usize,
+}
+
+impl RecentBudget {
+    /// At most `max` bytes.
+    #[must_use]
+    pub const fn new(max: usize) -> Self {
+        Self { used: AtomicUsize::new(0), max }
+    }
+}
+
+/// How a group is kept.
+#[derive(Debug, Clone, Copy)]
+pub struct Options {
+    /// Size of each log segment file in bytes.
+    pub segment_bytes: u64,
+    /// Most bytes that log segment files may take together.
+    pub cap_bytes: u64,
+    /// Whether new segment files are filled with zeros before use, which makes small appends
+    /// twice as fast: file systems convert reserved space at the first write.
+    pub fill: bool,
+    /// Index entries after which a segment is closed early, to bound memory.
+    pub table_entries_max: usize,
+    /// Segments that may wait for sealing before the appender seals them itself.
+    pub unsealed_max: usize,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            segment_bytes: 64 << 20,
+            cap_bytes: u64::MAX,
+            fill: true,
+            table_entries_max: 128 * 1024,
+            unsealed_max: 4,
+        }
+    }
+}
+
+/// A new group.
+#[derive(Debug, Clone)]
+pub struct NewGroup {
+    /// Its id.
+    pub group: GroupId,
+    /// Its name.
+    pub name: String,
+    /// This node's part.
+    pub role: Role,
+    /// What is kept here.
+    pub keep: Keep,
+    /// The group's first epoch.
+    pub epoch: EpochId,
+    /// The clocks.
+    pub now: Now,
+}
+
+/// An open group.
+#[derive(Debug)]
+pub struct Group {
+    pub(crate) shared: Shared,
+    pub(crate) options: Options,
+    pub(crate) dir: PathBuf,
+    pub(crate) id: GroupId,
+    pub(crate) keep: Keep,
+    pub(crate) free: Arc<FreeSlots>,
+    /// Held while the manifest is changed.
+    publishing: Mutex<()>,
+    /// Held while a maintenance step runs.
+    pub(crate) maintaining: Mutex<()>,
+    state: Mutex<State>,
+}
+
+/// What changes. Locked for moments only.
+#[derive(Debug)]
+pub(crate) struct State {
+    pub(crate) manifest: Manifest,
+    /// Sealed segments by ordinal.
+    pub(crate) segments: BTreeMap<u32, Arc<Segment>>,
+    /// Open index files by number.
+    pub(crate) runs: BTreeMap<u32, Arc<Run>>,
+    pub(crate) lines: BTreeMap<EpochId, Line>,
+    pub(crate) base: Option<Arc<Base>>,
+    /// Segment files ready for use.
+    pub(crate) spares: Vec<slots::Slot>,
+    /// Segment files there are, in use or not.
+    pub(crate) slot_count: u64,
+    /// Newer than the manifest's.
+    pub(crate) acked: Seq,
+    pub(crate) leases: view::Leases,
+}
+
+/// The end of one line, and what is not in the manifest yet.
+#[derive(Debug)]
+pub(crate) struct Line {
+    pub(crate) head: Position,
+    pub(crate) catalog: Catalog,
+    /// Segments not sealed yet, oldest first; the last one is being written.
+    pub(crate) unsealed: Vec<Unsealed>,
+    /// The newest frames, for sending.
+    pub(crate) recent: VecDeque<Arc<Frame>>,
+    pub(crate) recent_bytes: usize,
+    /// What a reader of the head looks at; made when it is asked for.
+    pub(crate) sources: Option<Arc<view::Sources>>,
+}
+
+/// A segment that is not sealed.
+#[derive(Debug, Clone)]
+pub(crate) struct Unsealed {
+    pub(crate) segment: Arc<Segment>,
+    pub(crate) table: Arc<RwLock<MemTable>>,
+    /// Behind its last frame.
+    pub(crate) last: Position,
+    pub(crate) end: u32,
+    /// Set when it is closed: the catalog behind its last frame.
+    pub(crate) closed: Option<Arc<Catalog>>,
+}
+
+impl Unsealed {
+    pub(crate) fn is_empty(&self) -> bool {
+        self.last.seq < self.segment.header.first
+    }
+}
+
+/// A checkpoint of the group.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Checkpoint {
+    /// Its mark in the log.
+    pub mark: MarkPoint,
+    /// The position it recovers.
+    pub position: Position,
+    /// Label and pin.
+    pub note: Note,
+}
+
+pub(crate) const LOG_DIR: &str = "log";
+pub(crate) const INDEX_DIR: &str = "index";
+pub(crate) const BASE_DIR: &str = "base";
+
+impl Group {
+    /// Makes a new group in `dir`, which must not hold one.
+    ///
+    /// # Errors
+    /// As the volume says; [`StoreError::Invalid`] for unusable options or a taken directory.
+    pub fn create(shared: &Shared, options: Options, dir: &Path, new: &NewGroup) -> Result<Opened> {
+        check_options(&options)?;
+        let doing = || format!("making the directory of group {}", new.name);
+        shared.volume.create_dir(dir).doing(doing)?;
+        if Manifest::exists(&shared.volume, dir)? {
+            return Err(StoreError::Invalid(format!("{} holds a group already", dir.display())));
+        }
+        for sub in [LOG_DIR, INDEX_DIR, BASE_DIR] {
+            shared.volume.create_dir(&dir.join(sub)).doing(doing)?;
+        }
+        let epochs = EpochTable::new(new.epoch);
+        let origin = Position { epoch: new.epoch, seq: Seq::ZERO, hash: FrameHash::ORIGIN };
+        let line = TimelineMeta {
+            epochs,
+            purpose: Purpose::Main,
+            since: new.now.wall,
+            pieces: Vec::new(),
+        };
+        let base = (new.keep == Keep::Replica).then(|| BaseMeta { catalog: Catalog::new(origin) });
+        let manifest = Manifest {
+            generation: 1,
+            group: new.group,
+            name: new.name.clone(),
+            role: new.role,
+            keep: new.keep,
+            fence: None,
+            acked: Seq::ZERO,
+            main: new.epoch,
+            timelines: BTreeMap::from([(new.epoch, line)]),
+            segments: BTreeMap::new(),
+            runs: BTreeMap::new(),
+            base,
+            notes: BTreeMap::new(),
+            next_ordinal: 0,
+            next_slot: 0,
+            next_run: 0,
+        };
+        manifest.store(&shared.volume, dir)?;
+        if let Some(parent) = dir.parent() {
+            shared.volume.sync_dir(parent).doing(doing)?;
+        }
+        Self::open(shared, options, dir, new.now)
+    }
+
+    pub(crate) fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The group's id.
+    #[must_use]
+    pub const fn id(&self) -> GroupId {
+        self.id
+    }
+
+    /// What is kept here.
+    #[must_use]
+    pub const fn keep(&self) -> Keep {
+        self.keep
+    }
+
+    /// This node's part, and the fence if there is one.
+    #[must_use]
+    pub fn role(&self) -> (Role, Option<Fence>) {
+        let state = self.lock();
+        (state.manifest.role, state.manifest.fence.clone())
+    }
+
+    /// The epoch of the main line, and the line of epochs that leads to it.
+    #[must_use]
+    pub fn epochs(&self) -> EpochTable {
+        let state = self.lock();
+        let main = state.manifest.main;
+        state
+            .manifest
+            .timelines
+            .get(&main)
+            .map_or_else(|| EpochTable::new(main), |line| line.epochs.clone())
+    }
+
+    /// The newest durable frame of the main line.
+    #[must_use]
+    pub fn head(&self) -> Position {
+        let state = self.lock();
+        let main = state.manifest.main;
+        state
+            .lines
+            .get(&main)
+            .map_or(Position { epoch: main, seq: Seq::ZERO, hash: FrameHash::ORIGIN }, |line| {
+                line.head
+            })
+    }
+
+    /// The disks and their content at the head of the main line.
+    #[must_use]
+    pub fn catalog(&self) -> Catalog {
+        let state = self.lock();
+        let main = state.manifest.main;
+        let origin = Position { epoch: main, seq: Seq::ZERO, hash: FrameHash::ORIGIN };
+        state.lines.get(&main).map_or_else(|| Catalog::new(origin), |line| line.catalog.clone())
+    }
+
+    /// The last frame that the peer is known to hold durably.
+    #[must_use]
+    pub fn acked(&self) -> Seq {
+        self.lock().acked
+    }
+
+    /// The peer holds every frame up to `seq` durably. Written down with the next change of the
+    /// manifest: the peer will say it again.
+    pub fn set_acked(&self, seq: Seq) {
+        let mut state = self.lock();
+        state.acked = state.acked.max(seq);
+    }
+
+    /// Why the state volume failed, if it did.
+    #[must_use]
+    pub fn failure(&self) -> Option<String> {
+        self.shared.volume.failure()
+    }
+
+    /// Bytes that the log's segment files take, and the cap.
+    #[must_use]
+    pub fn log_bytes(&self) -> (u64, u64) {
+        let slots = self.lock().slot_count;
+        (slots * self.options.segment_bytes, self.options.cap_bytes)
+    }
+
+    /// Bytes of the log that are needed: frames which the peer has not acknowledged, in whole
+    /// segments.
+    #[must_use]
+    pub fn unacked_bytes(&self) -> u64 {
+        let state = self.lock();
+        let main = state.manifest.main;
+        let Some(timeline) = state.manifest.timelines.get(&main) else { return 0 };
+        let acked = state.acked;
+        let sealed = timeline.pieces.iter().filter(|piece| piece.last.seq > acked).count() as u64;
+        let open = state.lines.get(&main).map_or(0, |line| {
+            line.unsealed.iter().filter(|open| open.last.seq > acked && !open.is_empty()).count()
+        }) as u64;
+        (sealed + open) * self.options.segment_bytes
+    }
+
+    /// The oldest frame that can still be read.
+    #[must_use]
+    pub fn oldest(&self) -> Seq {
+        let state = self.lock();
+        state.oldest(state.manifest.main)
+    }
+
+    /// The checkpoints of the main line that can be recovered, oldest first.
+    ///
+    /// # Errors
+    /// When an index file cannot be read.
+    pub fn checkpoints(&self) -> Result<Vec<Checkpoint>> {
+        let (runs, tables, notes, base) = {
+            let state = self.lock();
+            let main = state.manifest.main;
+            let runs = state.piece_runs(main)?;
+            let tables: Vec<_> = state
+                .lines
+                .get(&main)
+                .map(|line| line.unsealed.iter().map(|open| open.table.clone()).collect())
+                .unwrap_or_default();
+            let base = state.manifest.base.as_ref().map(|base| base.catalog.at);
+            (runs, tables, state.manifest.notes.clone(), base)
+        };
+        let mut found = Vec::new();
+        let mut add = |mark: &MarkPoint, epoch: EpochId| {
+            let position = Position { epoch, seq: mark.seq, hash: mark.hash };
+            let note = notes.get(&mark.id).cloned().unwrap_or_default();
+            found.push(Checkpoint { mark: *mark, position, note });
+        };
+        for run in &runs {
+            for mark in run.marks()? {
+                add(&mark, run.meta().epoch);
+            }
+        }
+        let main = self.epochs().current();
+        for table in &tables {
+            let table = table.read().unwrap_or_else(PoisonError::into_inner);
+            table.marks().iter().for_each(|mark| add(mark, main));
+        }
+        found.retain(|checkpoint| base.is_none_or(|base| checkpoint.position.seq > base.seq));
+        found.sort_by_key(|checkpoint| checkpoint.position.seq);
+        found.dedup_by_key(|checkpoint| checkpoint.mark.id);
+        Ok(found)
+    }
+
+    /// Sets label and pin of a checkpoint, durably.
+    ///
+    /// # Errors
+    /// As the volume says.
+    pub fn set_note(&self, id: CheckpointId, note: Note) -> Result<()> {
+        self.publish(|manifest| {
+            manifest.notes.insert(id, note);
+        })
+    }
+
+    /// Fences the group, durably: nothing is appended to it from here on.
+    ///
+    /// # Errors
+    /// As the volume says.
+    pub fn set_fence(&self, fence: Option<Fence>) -> Result<()> {
+        self.publish(|manifest| manifest.fence = fence)
+    }
+
+    /// Changes this node's part, durably.
+    ///
+    /// # Errors
+    /// As the volume says.
+    pub fn set_role(&self, role: Role) -> Result<()> {
+        self.publish(|manifest| manifest.role = role)
+    }
+
+    /// Changes the manifest: the new one is durable before anyone sees it.
+    pub(crate) fn publish(&self, change: impl FnOnce(&mut Manifest)) -> Result<()> {
+        let _one_at_a_time = self.publishing.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut next = {
+            let state = self.lock();
+            let mut next = state.manifest.clone();
+            next.acked = state.acked;
+            next
+        };
+        change(&mut next);
+        next.generation += 1;
+        next.store(&self.shared.volume, &self.dir)?;
+        let mut state = self.lock();
+        // Counters may have gone on meanwhile; they only ever rise.
+        next.next_ordinal = next.next_ordinal.max(state.manifest.next_ordinal);
+        next.next_slot = next.next_slot.max(state.manifest.next_slot);
+        next.next_run = next.next_run.max(state.manifest.next_run);
+        state.manifest = next;
+        Ok(())
+    }
+}
+
+impl State {
+    /// The oldest readable frame of a line.
+    pub(crate) fn oldest(&self, epoch: EpochId) -> Seq {
+        let piece = self
+            .manifest
+            .timelines
+            .get(&epoch)
+            .and_then(|line| line.pieces.first())
+            .and_then(|piece| self.manifest.segments.get(&piece.ordinal))
+            .map(|segment| segment.first);
+        let open = || {
+            self.lines.get(&epoch).map_or(Seq(1), |line| {
+                line.unsealed
+                    .first()
+                    .map_or_else(|| line.head.seq.next(), |open| open.segment.header.first)
+            })
+        };
+        piece.unwrap_or_else(open)
+    }
+
+    pub(crate) fn next_ordinal(&mut self) -> u32 {
+        let ordinal = self.manifest.next_ordinal;
+        self.manifest.next_ordinal += 1;
+        ordinal
+    }
+
+    pub(crate) fn next_run(&mut self) -> u32 {
+        let run = self.manifest.next_run;
+        self.manifest.next_run += 1;
+        run
+    }
+}
+
+fn check_options(options: &Options) -> Result<()> {
+    let page = srn_core::limits::PAGE as u64;
+    if !(SEGMENT_BYTES_MIN..=SEGMENT_BYTES_MAX).contains(&options.segment_bytes)
+        || !options.segment_bytes.is_multiple_of(page)
+    {
+        return Err(StoreError::Invalid(format!(
+            "a log segment must have {SEGMENT_BYTES_MIN} to {SEGMENT_BYTES_MAX} bytes, in pages"
+        )));
+    }
+    // One being written, one ready, one being trimmed.
+    if options.cap_bytes < 3 * options.segment_bytes {
+        return Err(StoreError::Invalid(format!(
+            "the log's cap must be at least three segments of {} bytes",
+            options.segment_bytes
+        )));
+    }
+    Ok(())
+}

@@ -1,0 +1,447 @@
+//! Moving the oldest part of the main line into the base.
+//!
+//! The order that makes it survive a crash at any point:
+//! 1. the pieces to retire are read and every byte verified; pages of which only a part changes are
+//!    put together whole;
+//! 2. those pages are written to an *intent* file, which is synced;
+//! 3. the base is written and synced; until it is published, readers see these pages through the
+//!    log, so what is half-written is seen by nobody;
+//! 4. the manifest is published with the base at its new position and without the pieces;
+//! 5. the intent is removed; the segment files become free when their last reader is gone.
+//!
+//! After a crash between 2 and 4 the same is done again from the same pieces and the intent: whole
+//! pages come from the log again, partial ones from the intent, whatever state the base is in.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use srn_core::bytes::{Reader, Truncated, Writer};
+use srn_core::epoch::Position;
+use srn_core::extent::Extent;
+use srn_core::ids::{DiskNo, Seq};
+use srn_core::limits::{PAGE, PAGE_SECTORS, SECTOR};
+
+use super::maintain::Worked;
+use super::view::decode_catalog;
+use super::{BASE_DIR, Group};
+use crate::base::{Base, BaseDisk};
+use crate::catalog::{Catalog, position, put_position};
+use crate::durable;
+use crate::error::{Result, StoreError};
+use crate::index::{Item, Merge, Place, Run};
+use crate::io::{AlignedBuf, Fs};
+use crate::manifest::{BaseMeta, PieceMeta, Purpose};
+
+/// How far back history has to stay recoverable. The caller decides; the store only makes sure
+/// that nobody who holds on to a position loses it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Retention {
+    /// Positions from this one on stay recoverable.
+    pub keep_from: Seq,
+}
+
+/// Bytes written to the base at once.
+const GATHER: usize = 1 << 20;
+
+/// The intent's file name and most bytes: a segment of sector-sized random writes makes a page of
+/// each.
+const INTENT: &str = "retire.intent";
+const INTENT_MAX: u64 = 4 << 30;
+
+/// A page that is only partly changed, put together whole.
+struct WholePage {
+    disk: DiskNo,
+    page: u64,
+    bytes: AlignedBuf,
+}
+
+impl Group {
+    /// Retires the oldest piece of the main line, if `retention` and all readers allow.
+    ///
+    /// # Errors
+    /// [`StoreError::Corrupt`] when a piece to retire is damaged: it stays where it is. As the
+    /// volume says.
+    pub(super) fn retire_oldest(self: &Arc<Self>, retention: Retention) -> Result<Worked> {
+        let Some((piece, base)) = self.retirable(retention) else { return Ok(Worked::Nothing) };
+        let run = self.lock().run_of(&piece)?;
+        let behind = decode_catalog(&run.catalog()?)?;
+        self.open_disks(&base, &behind)?;
+        let partial = self.partial_pages(&base, &run)?;
+        let intent = encode_intent(&piece.last, &partial);
+        if intent.len() as u64 > INTENT_MAX {
+            return Err(StoreError::Invalid("a segment has too many partial pages".into()));
+        }
+        let dir = self.dir.join(BASE_DIR);
+        durable::replace(&self.shared.volume, &dir, INTENT, &intent)?;
+        self.apply(&base, &run, &partial)?;
+        self.finish_retirement(&base, &piece, behind)?;
+        Ok(Worked::Something)
+    }
+
+    /// Does again what a crash has interrupted. Called once, before anything is read.
+    pub(super) fn redo_retirement(self: &Arc<Self>) -> Result<()> {
+        let dir = self.dir.join(BASE_DIR);
+        let volume = &self.shared.volume;
+        if !volume.list(&dir).unwrap_or_default().iter().any(|name| name == INTENT) {
+            return Ok(());
+        }
+        let bytes = durable::read(volume, &dir.join(INTENT), INTENT_MAX)?;
+        let (to, partial) = decode_intent(&bytes)
+            .ok_or_else(|| StoreError::Corrupt(format!("{INTENT} of group {}", self.id)))?;
+        let (piece, base) = {
+            let state = self.lock();
+            let main = state.manifest.main;
+            let first = state
+                .manifest
+                .timelines
+                .get(&main)
+                .and_then(|line| line.pieces.first())
+                .filter(|piece| piece.last == to)
+                .copied();
+            (first, state.base.clone())
+        };
+        // Without the piece it was published already.
+        if let (Some(piece), Some(base)) = (piece, base) {
+            let run = self.lock().run_of(&piece)?;
+            let behind = decode_catalog(&run.catalog()?)?;
+            self.open_disks(&base, &behind)?;
+            self.apply(&base, &run, &partial)?;
+            self.finish_retirement(&base, &piece, behind)?;
+        } else {
+            let _ = volume.remove(&dir.join(INTENT));
+        }
+        Ok(())
+    }
+
+    /// The piece to retire next.
+    fn retirable(&self, retention: Retention) -> Option<(PieceMeta, Arc<Base>)> {
+        let state = self.lock();
+        let base = state.base.clone()?;
+        let main = state.manifest.main;
+        let piece = *state.manifest.timelines.get(&main)?.pieces.first()?;
+        let line = state.lines.get(&main)?;
+        let mut floor = retention.keep_from;
+        if let Some(lowest) = state.leases.lowest() {
+            floor = floor.min(lowest);
+        }
+        // A clone reads from its fork on; a branch was left where the main line forked.
+        let line_of_main = &state.manifest.timelines.get(&main)?.epochs;
+        for other in state.manifest.timelines.values() {
+            if other.purpose != Purpose::Main {
+                floor = floor.min(line_of_main.common_with(&other.epochs).unwrap_or(Seq::ZERO));
+            }
+        }
+        // In the middle of a resync the newest point that can be recovered is the last clean one.
+        if !line.catalog.is_clean()
+            && let Some(clean) = line.catalog.last_clean
+        {
+            floor = floor.min(clean.seq);
+        }
+        (piece.last.seq <= floor).then_some((piece, base))
+    }
+
+    fn open_disks(&self, base: &Base, catalog: &Catalog) -> Result<()> {
+        for (no, disk) in &catalog.disks {
+            if base.disk(*no).is_none() {
+                base.add(*no, disk.id, disk.sectors)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Puts together the pages of which `run` covers only a part.
+    fn partial_pages(&self, base: &Base, run: &Run) -> Result<Vec<WholePage>> {
+        let mut pages: Vec<WholePage> = Vec::new();
+        for item in Merge::new([run.iter()])? {
+            let (disk, extent, place) = item?;
+            let Some(target) = base.disk(disk) else { continue };
+            for part in ragged_parts(extent) {
+                let page = part.start / PAGE_SECTORS;
+                let same = pages.last().is_some_and(|last| last.disk == disk && last.page == page);
+                if !same {
+                    pages.push(WholePage { disk, page, bytes: target.page(page)? });
+                }
+                let Some(whole) = pages.last_mut() else { continue };
+                let from = byte(part.start % PAGE_SECTORS);
+                let to = from + byte(part.sectors);
+                let out = whole.bytes.get_mut(from..to).unwrap_or_default();
+                let skip = part.start - extent.start;
+                self.content(&srn_core::extent::Slice::slice(&place, skip, part.sectors), out)?;
+            }
+        }
+        Ok(pages)
+    }
+
+    /// Writes everything that `run` says to the base, and syncs it.
+    fn apply(&self, base: &Base, run: &Run, partial: &[WholePage]) -> Result<()> {
+        let mut gathered = Gathered { buf: AlignedBuf::zeroed(GATHER), filled: 0, at: None };
+        for item in Merge::new([run.iter()])? {
+            let (no, extent, place): Item = item?;
+            // A disk that was removed meanwhile has no base any more.
+            let Some(disk) = base.disk(no) else { continue };
+            let Some(whole) = whole_pages(extent) else { continue };
+            let skip = whole.start - extent.start;
+            let place = srn_core::extent::Slice::slice(&place, skip, whole.sectors);
+            if matches!(place, Place::Zero { .. }) {
+                gathered.flush()?;
+                disk.zero_pages(whole.start / PAGE_SECTORS, whole.sectors / PAGE_SECTORS)?;
+            } else {
+                let out = gathered.room(&disk, no, whole)?;
+                self.content(&place, out)?;
+            }
+        }
+        gathered.flush()?;
+        for whole in partial {
+            if let Some(disk) = base.disk(whole.disk) {
+                disk.put_pages(whole.page, &whole.bytes)?;
+            }
+        }
+        let touched: BTreeMap<DiskNo, Arc<BaseDisk>> = (0..run_disks(run)?)
+            .filter_map(|no| Some((DiskNo(no), base.disk(DiskNo(no))?)))
+            .collect();
+        for disk in touched.values() {
+            disk.sync()?;
+        }
+        Ok(())
+    }
+
+    /// The verified content of a place.
+    fn content(&self, place: &Place, out: &mut [u8]) -> Result<()> {
+        let Place::Block { segment, .. } = place else {
+            out.fill(0);
+            return Ok(());
+        };
+        let segment = self.lock().segments.get(segment).cloned().ok_or_else(|| {
+            StoreError::Corrupt(format!("an index names log segment {segment}, which is gone"))
+        })?;
+        super::view::read_block(&self.shared.pool, &segment, place, out)
+    }
+
+    fn finish_retirement(&self, base: &Base, piece: &PieceMeta, behind: Catalog) -> Result<()> {
+        let gone: Vec<DiskNo> = {
+            let state = self.lock();
+            let before = state.manifest.base.as_ref().map(|base| &base.catalog);
+            before
+                .map(|before| {
+                    before
+                        .disks
+                        .keys()
+                        .filter(|no| !behind.disks.contains_key(no))
+                        .copied()
+                        .collect()
+                })
+                .unwrap_or_default()
+        };
+        self.drop_first_piece(piece, Some(BaseMeta { catalog: behind }))?;
+        for no in gone {
+            base.remove(no);
+        }
+        let dir = self.dir.join(BASE_DIR);
+        // Harmless if it stays: the piece it is about is gone.
+        let _ = self.shared.volume.remove(&dir.join(INTENT));
+        Ok(())
+    }
+
+    /// Publishes the main line without its first piece, and forgets what only that needed.
+    pub(super) fn drop_first_piece(&self, piece: &PieceMeta, base: Option<BaseMeta>) -> Result<()> {
+        self.publish(|manifest| {
+            for line in manifest.timelines.values_mut() {
+                if line.pieces.first().is_some_and(|first| first.last.seq <= piece.last.seq) {
+                    line.pieces.retain(|kept| kept.last.seq > piece.last.seq);
+                }
+            }
+            let used: std::collections::BTreeSet<u32> = manifest
+                .timelines
+                .values()
+                .flat_map(|line| line.pieces.iter().map(|piece| piece.ordinal))
+                .collect();
+            manifest.segments.retain(|ordinal, _| used.contains(ordinal));
+            // An index that reaches back beyond the base names segments that are gone.
+            let oldest: BTreeMap<_, Seq> =
+                manifest.segments.values().fold(BTreeMap::new(), |mut oldest, segment| {
+                    let seq = oldest.entry(segment.epoch).or_insert(segment.first);
+                    *seq = (*seq).min(segment.first);
+                    oldest
+                });
+            manifest
+                .runs
+                .retain(|_, run| oldest.get(&run.epoch).is_some_and(|first| run.first >= *first));
+            if let Some(base) = base {
+                manifest.base = Some(base);
+            }
+        })?;
+        self.forget_unlisted();
+        Ok(())
+    }
+
+    /// Lets go of segments and index files that the manifest no longer lists.
+    pub(super) fn forget_unlisted(&self) {
+        let (runs, segments) = {
+            let mut guard = self.lock();
+            let state = &mut *guard;
+            let listed = &state.manifest;
+            let runs: Vec<u32> =
+                state.runs.keys().filter(|file| !listed.runs.contains_key(file)).copied().collect();
+            let segments: Vec<u32> = state
+                .segments
+                .keys()
+                .filter(|ordinal| !listed.segments.contains_key(ordinal))
+                .copied()
+                .collect();
+            let dropped: Vec<_> =
+                segments.iter().filter_map(|ordinal| state.segments.remove(ordinal)).collect();
+            for file in &runs {
+                state.runs.remove(file);
+            }
+            for line in state.lines.values_mut() {
+                line.sources = None;
+            }
+            (runs, dropped)
+        };
+        // Outside the lock: the last holder gives the file back.
+        drop(segments);
+        for file in runs {
+            let path = self.dir.join(super::INDEX_DIR).join(crate::index::run_file_name(file));
+            let _ = self.shared.volume.remove(&path);
+        }
+    }
+}
+
+/// One more than the highest disk number in a run.
+fn run_disks(run: &Run) -> Result<u32> {
+    let catalog = decode_catalog(&run.catalog()?)?;
+    Ok(catalog.next_disk)
+}
+
+/// Pages gathered for one write.
+struct Gathered {
+    buf: AlignedBuf,
+    filled: usize,
+    at: Option<(Arc<BaseDisk>, DiskNo, u64)>,
+}
+
+impl Gathered {
+    /// Room for the content of `extent`, which is made of whole pages.
+    fn room(&mut self, disk: &Arc<BaseDisk>, no: DiskNo, extent: Extent) -> Result<&mut [u8]> {
+        let first = extent.start / PAGE_SECTORS;
+        let len = byte(extent.sectors);
+        let follows = self.at.as_ref().is_some_and(|(_, same, start)| {
+            *same == no && start + (self.filled / PAGE) as u64 == first
+        });
+        if !follows || self.filled + len > self.buf.len() {
+            self.flush()?;
+            self.at = Some((disk.clone(), no, first));
+        }
+        let from = self.filled;
+        self.filled += len;
+        self.buf
+            .get_mut(from..from + len)
+            .ok_or_else(|| StoreError::Corrupt("an index entry is too long".into()))
+    }
+
+    fn flush(&mut self) -> Result<()> {
+        if let Some((disk, _, first)) = self.at.take() {
+            disk.put_pages(first, self.buf.get(..self.filled).unwrap_or_default())?;
+        }
+        self.filled = 0;
+        Ok(())
+    }
+}
+
+fn byte(sectors: u64) -> usize {
+    usize::try_from(sectors * SECTOR).unwrap_or(usize::MAX)
+}
+
+/// The whole pages inside an extent.
+fn whole_pages(extent: Extent) -> Option<Extent> {
+    let start = extent.start.next_multiple_of(PAGE_SECTORS);
+    let end = extent.end() / PAGE_SECTORS * PAGE_SECTORS;
+    (start < end).then(|| Extent::new(start, end - start))
+}
+
+/// The parts of an extent outside its whole pages: at most two, each inside one page.
+fn ragged_parts(extent: Extent) -> impl Iterator<Item = Extent> {
+    let whole = whole_pages(extent);
+    let parts = match whole {
+        Some(whole) => [
+            Extent::new(extent.start, whole.start - extent.start),
+            Extent::new(whole.end(), extent.end() - whole.end()),
+        ],
+        None => {
+            // No whole page inside: it lies in one page or straddles one boundary.
+            let boundary = (extent.start + 1).next_multiple_of(PAGE_SECTORS).min(extent.end());
+            [
+                Extent::new(extent.start, boundary - extent.start),
+                Extent::new(boundary, extent.end() - boundary),
+            ]
+        }
+    };
+    parts.into_iter().filter(|part| part.sectors > 0)
+}
+
+const INTENT_MAGIC: [u8; 4] = *b"SRNi";
+
+fn encode_intent(to: &Position, pages: &[WholePage]) -> Vec<u8> {
+    let mut out = Vec::with_capacity(64 + pages.len() * (PAGE + 12));
+    out.put(&INTENT_MAGIC);
+    out.put_u32(1);
+    put_position(&mut out, to);
+    out.put_u64(pages.len() as u64);
+    for page in pages {
+        out.put_u32(page.disk.0);
+        out.put_u64(page.page);
+        out.put(&page.bytes);
+    }
+    let hash = blake3::hash(&out);
+    out.put(hash.as_bytes());
+    out
+}
+
+fn decode_intent(bytes: &[u8]) -> Option<(Position, Vec<WholePage>)> {
+    let (body, hash) = bytes.split_last_chunk::<32>()?;
+    if blake3::hash(body).as_bytes() != hash {
+        return None;
+    }
+    let mut reader = Reader::new(body);
+    let mut read = || {
+        let magic: [u8; 4] = reader.array()?;
+        let version = reader.u32()?;
+        let to = position(&mut reader)?;
+        let count = reader.u64()?;
+        let mut pages = Vec::new();
+        for _ in 0..count {
+            let disk = DiskNo(reader.u32()?);
+            let page = reader.u64()?;
+            let mut whole = AlignedBuf::zeroed(PAGE);
+            whole.copy_from_slice(reader.take(PAGE)?);
+            pages.push(WholePage { disk, page, bytes: whole });
+        }
+        Ok::<_, Truncated>((magic == INTENT_MAGIC && version == 1, to, pages))
+    };
+    match read() {
+        Ok((true, to, pages)) => Some((to, pages)),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn extents_split_into_whole_pages_and_ragged_ends() {
+        let parts = |start, sectors| {
+            let extent = Extent::new(start, sectors);
+            let ragged: Vec<_> =
+                ragged_parts(extent).map(|part| (part.start, part.sectors)).collect();
+            (whole_pages(extent).map(|whole| (whole.start, whole.sectors)), ragged)
+        };
+        assert_eq!(parts(0, 8), (Some((0, 8)), vec![]));
+        assert_eq!(parts(3, 2), (None, vec![(3, 2)]));
+        assert_eq!(parts(6, 4), (None, vec![(6, 2), (8, 2)]));
+        assert_eq!(parts(7, 10), (Some((8, 8)), vec![(7, 1), (16, 1)]));
+        assert_eq!(parts(8, 9), (Some((8, 8)), vec![(16, 1)]));
+        assert_eq!(parts(1, 7), (None, vec![(1, 7)]));
+        assert_eq!(parts(0, 7), (None, vec![(0, 7)]));
+    }
+}
