@@ -224,7 +224,7 @@ impl Appender {
     fn roll(&mut self) -> Result<()> {
         self.close_segment();
         // Maintenance is behind: do its work here, so that memory stays bounded.
-        while self.unsealed() >= self.group.options.unsealed_max {
+        while !self.beyond_cap && self.unsealed() >= self.group.options.unsealed_max {
             if !self.group.seal_oldest()? {
                 break;
             }

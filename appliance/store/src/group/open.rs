@@ -81,6 +81,11 @@ impl Group {
         check_options(&options)?;
         let manifest = Manifest::load(&shared.volume, dir)?;
         let free = Arc::new(FreeSlots::default());
+        // What an earlier life has made without coming to the sync may be used from here on.
+        for sub in [LOG_DIR, INDEX_DIR, BASE_DIR] {
+            let sub = dir.join(sub);
+            shared.volume.sync_dir(&sub).doing(|| format!("syncing {}", sub.display()))?;
+        }
         let (segments, mut loose) = open_segments(shared, dir, &manifest, &free)?;
         let slot_count = (segments.len() + loose.len()) as u64;
         let runs = open_runs(shared, dir, &manifest)?;
@@ -264,7 +269,7 @@ impl Group {
         });
         // The next segment's header is only written when everything in this one is durable.
         let proven = if is_last { tail.watermark } else { tail.last };
-        segment.file.sync().doing(|| format!("syncing log segment {}", segment.slot))?;
+
         let mut table = MemTable::default();
         let mut frames = scan(&segment.target(), &self.shared.pool)?;
         let (mut last, mut end) = (found.head, HEADER_LEN);
@@ -326,9 +331,9 @@ impl Group {
             open.unsealed = tail.closed;
             state.lines.insert(id, open);
         }
-        while self.seal_oldest()? {}
         let clock = LogClock::resume(tail.catalog.log_time, tail.catalog.wall_time, now);
         let mut appender = Appender::new(self.clone(), id, head, clock);
+        // Before the segment they were found in is sealed without them.
         if !tail.again.is_empty() {
             appender.commit_beyond_cap(&tail.again)?;
             let last = tail.again.last().map(|frame| *frame.header());
@@ -336,6 +341,7 @@ impl Group {
                 appender.resume_clock(LogClock::resume(last.log_time, last.wall_time, now));
             }
         }
+        while self.seal_oldest()? {}
         let epochs = line.epochs.list();
         if let Some(epoch) = epochs.last()
             && epochs.len() > 1
@@ -409,6 +415,7 @@ fn open_segments(
             .get(&slot)
             .and_then(|ordinal| manifest.segments.get(ordinal).map(|meta| (*ordinal, meta)));
         let Some((ordinal, meta)) = listed else {
+            file.sync().doing(|| format!("syncing log segment {name}"))?;
             loose.push(Loose { slot, file, header });
             continue;
         };
