@@ -79,13 +79,14 @@ impl Group {
     /// volume says.
     pub fn open(shared: &Shared, options: Options, dir: &Path, now: Now) -> Result<Opened> {
         check_options(&options)?;
+        // Names may be there that are not durable yet, and everything from here on relies on them.
+        let sync = |path: &Path| {
+            shared.volume.sync_dir(path).doing(|| format!("syncing {}", path.display()))
+        };
+        sync(dir)?;
+        [LOG_DIR, INDEX_DIR, BASE_DIR].iter().try_for_each(|sub| sync(&dir.join(sub)))?;
         let manifest = Manifest::load(&shared.volume, dir)?;
         let free = Arc::new(FreeSlots::default());
-        // What an earlier life has made without coming to the sync may be used from here on.
-        for sub in [LOG_DIR, INDEX_DIR, BASE_DIR] {
-            let sub = dir.join(sub);
-            shared.volume.sync_dir(&sub).doing(|| format!("syncing {}", sub.display()))?;
-        }
         let (segments, mut loose) = open_segments(shared, dir, &manifest, &free)?;
         let slot_count = (segments.len() + loose.len()) as u64;
         let runs = open_runs(shared, dir, &manifest)?;
