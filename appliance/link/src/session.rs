@@ -1,0 +1,386 @@
+//! A session with a paired node: the control stream and the frame streams.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use srn_core::frame::envelope;
+use srn_core::ids::NodeId;
+use srn_core::wire::{Hello, Message, PREFIX_LEN, StreamHeader, WireFrame};
+use tokio::sync::mpsc;
+
+use crate::endpoint::{
+    CLOSE_DONE, CLOSE_MISBEHAVED, CLOSE_REPLACED, CLOSE_VERSION, Connection, HANDSHAKE, refine,
+};
+use crate::error::LinkError;
+
+/// Control messages waiting to be sent. They are small, and whoever sends waits at the cap.
+const OUTGOING_MAX: usize = 256;
+
+/// Events waiting to be taken. At the cap the peer is not read any more.
+const EVENTS_MAX: usize = 64;
+
+/// Priority of the control stream over frame streams.
+const CONTROL_PRIORITY: i32 = 10;
+
+/// Time that the last control messages have to leave before a session is closed.
+const DRAIN: Duration = Duration::from_millis(500);
+
+/// What happens in a session.
+#[derive(Debug)]
+pub enum SessionEvent {
+    /// The peer said something.
+    Message(Message),
+    /// The peer begins to send a group's frames.
+    Frames(StreamHeader, FrameReader),
+    /// The session is over; nothing follows.
+    Closed(LinkError),
+}
+
+/// A session.
+#[derive(Debug, Clone)]
+pub struct Session {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    connection: Connection,
+    hello: Hello,
+    outgoing: mpsc::Sender<Vec<u8>>,
+}
+
+impl Session {
+    /// Begins a session on a connection whose key is that of a paired node: both sides say hello.
+    /// Events arrive at the receiver until [`SessionEvent::Closed`].
+    ///
+    /// # Errors
+    /// [`LinkError::Version`], [`LinkError::Misbehaved`], [`LinkError::Unreachable`].
+    pub async fn begin(
+        connection: Connection,
+        hello: Hello,
+    ) -> Result<(Self, mpsc::Receiver<SessionEvent>), LinkError> {
+        let addr = connection.remote_address();
+        let greeting = async {
+            let (mut send, mut receive) = if connection.dialled {
+                connection.quic.open_bi().await
+            } else {
+                connection.quic.accept_bi().await
+            }
+            .map_err(|error| refine(addr, &error))?;
+            let _ = send.set_priority(CONTROL_PRIORITY);
+            send.write_all(&Message::Hello(hello).encode())
+                .await
+                .map_err(|error| LinkError::gone(&addr, &error))?;
+            match read_message(&mut receive, addr).await? {
+                Some(Message::Hello(theirs)) => Ok((send, receive, theirs)),
+                _ => Err(LinkError::Misbehaved("the first message is no hello".into())),
+            }
+        };
+        let greeted = tokio::time::timeout(HANDSHAKE, greeting)
+            .await
+            .unwrap_or_else(|_| Err(LinkError::gone(&addr, &"no hello in time")));
+        let (send, receive, theirs) = match greeted {
+            Ok(greeted) => greeted,
+            Err(error) => {
+                close_for(&connection, &error);
+                return Err(error);
+            }
+        };
+        let (outgoing, queue) = mpsc::channel(OUTGOING_MAX);
+        let (events, taken) = mpsc::channel(EVENTS_MAX);
+        let session = Self { inner: Arc::new(Inner { connection, hello: theirs, outgoing }) };
+        tokio::spawn(write_control(send, queue));
+        tokio::spawn(session.clone().run(receive, events));
+        Ok((session, taken))
+    }
+
+    /// The peer's key.
+    #[must_use]
+    pub fn peer(&self) -> NodeId {
+        self.inner.connection.peer
+    }
+
+    /// What the peer said of itself.
+    #[must_use]
+    pub fn hello(&self) -> &Hello {
+        &self.inner.hello
+    }
+
+    /// The peer's address.
+    #[must_use]
+    pub fn remote_address(&self) -> SocketAddr {
+        self.inner.connection.remote_address()
+    }
+
+    /// Whether this node dialled.
+    #[must_use]
+    pub fn dialled(&self) -> bool {
+        self.inner.connection.dialled
+    }
+
+    /// The round trip time as measured.
+    #[must_use]
+    pub fn rtt(&self) -> Duration {
+        self.inner.connection.quic.rtt()
+    }
+
+    /// Bytes of UDP sent and received by this session.
+    #[must_use]
+    pub fn udp_bytes(&self) -> (u64, u64) {
+        let stats = self.inner.connection.quic.stats();
+        (stats.udp_tx.bytes, stats.udp_rx.bytes)
+    }
+
+    /// Queues a message; waits while too many are queued.
+    ///
+    /// # Errors
+    /// [`LinkError::Unreachable`] when the session is over.
+    pub async fn send(&self, message: &Message) -> Result<(), LinkError> {
+        let sent = self.inner.outgoing.send(message.encode()).await;
+        sent.map_err(|_| LinkError::gone(&self.remote_address(), &"the session is over"))
+    }
+
+    /// Queues a message if there is room: for what will be said again anyway.
+    ///
+    /// Returns whether it was queued.
+    #[must_use]
+    pub fn try_send(&self, message: &Message) -> bool {
+        self.inner.outgoing.try_send(message.encode()).is_ok()
+    }
+
+    /// Begins to send a group's frames.
+    ///
+    /// # Errors
+    /// [`LinkError::Unreachable`].
+    pub async fn open_frames(&self, header: &StreamHeader) -> Result<FrameWriter, LinkError> {
+        let addr = self.remote_address();
+        let quic = &self.inner.connection.quic;
+        let mut send = quic.open_uni().await.map_err(|error| refine(addr, &error))?;
+        send.write_all(&header.encode()).await.map_err(|error| LinkError::gone(&addr, &error))?;
+        Ok(FrameWriter { send, addr })
+    }
+
+    /// Ends the session on purpose, after what is queued has been sent.
+    pub async fn close(&self, why: &str) {
+        let connection = &self.inner.connection.quic;
+        let _ = tokio::time::timeout(DRAIN, async {
+            // The writer takes messages in order: when ours is taken, all before it were written.
+            let _ = self.inner.outgoing.send(Vec::new()).await;
+            self.inner.outgoing.closed().await;
+        })
+        .await;
+        connection.close(CLOSE_DONE, why.as_bytes());
+    }
+
+    /// Ends the session at once, in favour of a newer one.
+    pub fn replace(&self) {
+        self.inner.connection.quic.close(CLOSE_REPLACED, b"replaced by a newer connection");
+    }
+
+    /// Ends the session because the peer broke the protocol.
+    pub fn misbehaved(&self, why: &str) {
+        log::warn!("peer {} broke the protocol: {why}", self.peer().short());
+        self.inner.connection.quic.close(CLOSE_MISBEHAVED, why.as_bytes());
+    }
+
+    async fn run(self, mut control: quinn::RecvStream, events: mpsc::Sender<SessionEvent>) {
+        let addr = self.remote_address();
+        let messages = async {
+            loop {
+                match read_message(&mut control, addr).await {
+                    Ok(Some(Message::Hello(_))) => {
+                        return LinkError::Misbehaved("a second hello".into());
+                    }
+                    Ok(Some(message)) => {
+                        if events.send(SessionEvent::Message(message)).await.is_err() {
+                            return LinkError::gone(&addr, &"the session was dropped");
+                        }
+                    }
+                    Ok(None) => return LinkError::gone(&addr, &"the peer ended the session"),
+                    Err(error) => return error,
+                }
+            }
+        };
+        let streams = async {
+            loop {
+                match self.accept_frames().await {
+                    Ok((header, reader)) => {
+                        if events.send(SessionEvent::Frames(header, reader)).await.is_err() {
+                            return LinkError::gone(&addr, &"the session was dropped");
+                        }
+                    }
+                    Err(error) => return error,
+                }
+            }
+        };
+        let error = tokio::select! {
+            error = messages => error,
+            error = streams => error,
+            error = self.inner.connection.quic.closed() => refine(addr, &error),
+        };
+        close_for(&self.inner.connection, &error);
+        let _ = events.send(SessionEvent::Closed(error)).await;
+    }
+
+    async fn accept_frames(&self) -> Result<(StreamHeader, FrameReader), LinkError> {
+        let addr = self.remote_address();
+        let quic = &self.inner.connection.quic;
+        let mut receive = quic.accept_uni().await.map_err(|error| refine(addr, &error))?;
+        let mut bytes = [0; StreamHeader::LEN];
+        let read = tokio::time::timeout(HANDSHAKE, receive.read_exact(&mut bytes)).await;
+        match read {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => return Err(LinkError::gone(&addr, &error)),
+            Err(_) => return Err(LinkError::Misbehaved("a stream without a header".into())),
+        }
+        let header = StreamHeader::decode(&bytes)?;
+        Ok((header, FrameReader { receive, addr }))
+    }
+}
+
+/// Tells the peer what it did wrong, if it did.
+fn close_for(connection: &Connection, error: &LinkError) {
+    let code = match error {
+        LinkError::Version(_) => CLOSE_VERSION,
+        LinkError::Misbehaved(_) => CLOSE_MISBEHAVED,
+        _ => CLOSE_DONE,
+    };
+    connection.quic.close(code, error.to_string().as_bytes());
+}
+
+async fn write_control(mut send: quinn::SendStream, mut queue: mpsc::Receiver<Vec<u8>>) {
+    while let Some(message) = queue.recv().await {
+        // An empty one asks to end.
+        if message.is_empty() || send.write_all(&message).await.is_err() {
+            break;
+        }
+    }
+    let _ = send.finish();
+    // Wait until it arrived, so that the last words are not lost with the connection.
+    let _ = tokio::time::timeout(DRAIN, send.stopped()).await;
+}
+
+/// The next message; `None` when the peer has ended the stream.
+async fn read_message(
+    receive: &mut quinn::RecvStream,
+    addr: SocketAddr,
+) -> Result<Option<Message>, LinkError> {
+    let lost = |error: quinn::ReadExactError| match error {
+        quinn::ReadExactError::ReadError(quinn::ReadError::ConnectionLost(error)) => {
+            refine(addr, &error)
+        }
+        other => LinkError::gone(&addr, &other),
+    };
+    let mut prefix = [0; PREFIX_LEN];
+    match receive.read_exact(&mut prefix).await {
+        Ok(()) => {}
+        Err(quinn::ReadExactError::FinishedEarly(0)) => return Ok(None),
+        Err(error) => return Err(lost(error)),
+    }
+    let len = Message::len_from_prefix(prefix)?;
+    // Grown as it comes, so that a length alone costs no memory.
+    let mut body = Vec::new();
+    while body.len() < len {
+        let want = (len - body.len()).min(64 * 1024);
+        let chunk = receive.read_chunk(want, true).await.map_err(|error| match error {
+            quinn::ReadError::ConnectionLost(error) => refine(addr, &error),
+            other => LinkError::gone(&addr, &other),
+        })?;
+        match chunk {
+            Some(chunk) => body.extend_from_slice(&chunk.bytes),
+            None => return Err(LinkError::Misbehaved("a message ends early".into())),
+        }
+    }
+    Ok(Some(Message::decode(&body)?))
+}
+
+/// Sends a group's frames, in order.
+#[derive(Debug)]
+pub struct FrameWriter {
+    send: quinn::SendStream,
+    addr: SocketAddr,
+}
+
+impl FrameWriter {
+    /// Hands a frame's bytes to the stream, without copying them: the envelope's fixed part, head
+    /// and encoding table, content. Waits while too much is on its way.
+    ///
+    /// # Errors
+    /// [`LinkError::Unreachable`] when the stream or the session is over.
+    pub async fn write(&mut self, parts: &mut [Bytes]) -> Result<(), LinkError> {
+        let written = self.send.write_all_chunks(parts).await;
+        written.map_err(|error| match error {
+            quinn::WriteError::ConnectionLost(error) => refine(self.addr, &error),
+            other => LinkError::gone(&self.addr, &other),
+        })
+    }
+
+    /// Ends the stream.
+    pub fn finish(&mut self) {
+        let _ = self.send.finish();
+    }
+}
+
+/// Receives a group's frames, in order.
+#[derive(Debug)]
+pub struct FrameReader {
+    receive: quinn::RecvStream,
+    addr: SocketAddr,
+}
+
+/// A frame as it came, its lengths checked and nothing else.
+#[derive(Debug)]
+pub struct InFrame<B> {
+    /// The envelope's fixed part.
+    pub fixed: [u8; envelope::LEN],
+    /// Head and encoding table.
+    pub front: Bytes,
+    /// Stored content, in the buffer that the caller has provided.
+    pub content: B,
+    /// Bytes on the wire.
+    pub wire_len: u64,
+}
+
+impl FrameReader {
+    /// The next frame; `None` when the peer has ended the stream. `buffer` provides room for
+    /// content of a given length, at most that of one frame.
+    ///
+    /// # Errors
+    /// [`LinkError::Misbehaved`], [`LinkError::Unreachable`].
+    pub async fn next<B: AsMut<[u8]>>(
+        &mut self,
+        buffer: impl FnOnce(usize) -> B,
+    ) -> Result<Option<InFrame<B>>, LinkError> {
+        let mut fixed = [0; envelope::LEN];
+        match self.receive.read_exact(&mut fixed).await {
+            Ok(()) => {}
+            Err(quinn::ReadExactError::FinishedEarly(0)) => return Ok(None),
+            Err(error) => return Err(self.lost(error)),
+        }
+        let envelope = WireFrame::decode(&fixed)?.envelope;
+        let mut front = vec![0; envelope.front_len() - envelope::LEN];
+        self.receive.read_exact(&mut front).await.map_err(|error| self.lost(error))?;
+        let mut content = buffer(envelope.stored_len as usize);
+        let into = content
+            .as_mut()
+            .get_mut(..envelope.stored_len as usize)
+            .ok_or_else(|| LinkError::Misbehaved("no room for a frame".into()))?;
+        self.receive.read_exact(into).await.map_err(|error| self.lost(error))?;
+        let wire_len = envelope.wire_len() as u64;
+        Ok(Some(InFrame { fixed, front: front.into(), content, wire_len }))
+    }
+
+    fn lost(&self, error: quinn::ReadExactError) -> LinkError {
+        match error {
+            quinn::ReadExactError::FinishedEarly(_) => {
+                LinkError::Misbehaved("a frame ends early".into())
+            }
+            quinn::ReadExactError::ReadError(quinn::ReadError::ConnectionLost(error)) => {
+                refine(self.addr, &error)
+            }
+            quinn::ReadExactError::ReadError(other) => LinkError::gone(&self.addr, &other),
+        }
+    }
+}
