@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -49,7 +50,11 @@ struct Inner {
     connection: Connection,
     hello: Hello,
     outgoing: mpsc::Sender<Vec<u8>>,
+    number: u64,
 }
+
+/// Numbers sessions, so that a late event of an old one is told from the new one's.
+static NEXT_NUMBER: AtomicU64 = AtomicU64::new(1);
 
 impl Session {
     /// Begins a session on a connection whose key is that of a paired node: both sides say hello.
@@ -90,10 +95,18 @@ impl Session {
         };
         let (outgoing, queue) = mpsc::channel(OUTGOING_MAX);
         let (events, taken) = mpsc::channel(EVENTS_MAX);
-        let session = Self { inner: Arc::new(Inner { connection, hello: theirs, outgoing }) };
+        let number = NEXT_NUMBER.fetch_add(1, Ordering::Relaxed);
+        let inner = Inner { connection, hello: theirs, outgoing, number };
+        let session = Self { inner: Arc::new(inner) };
         tokio::spawn(write_control(send, queue));
         tokio::spawn(session.clone().run(receive, events));
         Ok((session, taken))
+    }
+
+    /// This session's number, unique in this process.
+    #[must_use]
+    pub fn number(&self) -> u64 {
+        self.inner.number
     }
 
     /// The peer's key.

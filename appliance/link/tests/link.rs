@@ -1,5 +1,7 @@
 //! Two endpoints on loopback: pairing, pinned keys, sessions, frames, and peers that misbehave.
 
+#![expect(clippy::unwrap_used, reason = "a test's helpers may panic")]
+
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;

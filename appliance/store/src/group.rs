@@ -401,6 +401,13 @@ impl Group {
         Ok(found)
     }
 
+    /// Labels and pins of checkpoints.
+    #[must_use]
+    pub fn notes(&self) -> Vec<(CheckpointId, Note)> {
+        let state = self.lock();
+        state.manifest.notes.iter().map(|(id, note)| (*id, note.clone())).collect()
+    }
+
     /// Sets label and pin of a checkpoint, durably.
     ///
     /// # Errors

@@ -69,6 +69,15 @@ pub enum Message {
         /// The id it shall have.
         id: CheckpointId,
     },
+    /// Primary to secondary: a person's label of a checkpoint, which is not in the log.
+    Note {
+        /// The group.
+        group: GroupId,
+        /// The checkpoint.
+        id: CheckpointId,
+        /// The label.
+        label: String,
+    },
     /// The node removes this pairing, or goes down on purpose; the reason in words.
     Goodbye {
         /// Whether the pairing is over.
@@ -222,8 +231,28 @@ const DRAIN: u8 = 9;
 const DRAINED: u8 = 10;
 const MARK_REQUEST: u8 = 11;
 const GOODBYE: u8 = 12;
+const NOTE: u8 = 13;
 
 impl Message {
+    /// The group it is about; none for messages about the session.
+    #[must_use]
+    pub const fn group(&self) -> Option<GroupId> {
+        match self {
+            Self::Hello(_) | Self::Goodbye { .. } => None,
+            Self::Offer(offer) => Some(offer.group),
+            Self::Accept(accept) => Some(accept.group),
+            Self::Refuse(refuse) => Some(refuse.group),
+            Self::Progress(progress) => Some(progress.group),
+            Self::Ack { group, .. }
+            | Self::Credit { group, .. }
+            | Self::Hindrance { group, .. }
+            | Self::Drain { group }
+            | Self::Drained { group, .. }
+            | Self::MarkRequest { group, .. }
+            | Self::Note { group, .. } => Some(*group),
+        }
+    }
+
     /// The message with its length prefix.
     #[must_use]
     pub fn encode(&self) -> Vec<u8> {
@@ -321,6 +350,12 @@ impl Message {
                 out.put(&id.0);
                 MARK_REQUEST
             }
+            Self::Note { group, id, label } => {
+                out.put(&group.0);
+                out.put(&id.0);
+                put_text(out, label);
+                NOTE
+            }
             Self::Goodbye { unpaired, text } => {
                 out.put_u8(u8::from(*unpaired));
                 put_text(out, text);
@@ -413,6 +448,11 @@ fn decode_body(kind: u8, reader: &mut Reader<'_>) -> Result<Message, WireError> 
         MARK_REQUEST => Message::MarkRequest {
             group: GroupId(reader.array()?),
             id: CheckpointId(reader.array()?),
+        },
+        NOTE => Message::Note {
+            group: GroupId(reader.array()?),
+            id: CheckpointId(reader.array()?),
+            label: text(reader)?,
         },
         GOODBYE => Message::Goodbye { unpaired: flag(reader)?, text: text(reader)? },
         other => return Err(WireError::UnknownType(other)),

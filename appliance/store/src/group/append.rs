@@ -276,6 +276,23 @@ impl Appender {
     }
 }
 
+impl Group {
+    /// The end of the main line, after an earlier appender was dropped.
+    ///
+    /// # Errors
+    /// [`StoreError::NotInHistory`] when the line is not kept any more.
+    pub fn appender(self: &Arc<Self>, now: Now) -> Result<Appender> {
+        let state = self.lock();
+        let main = state.manifest.main;
+        let line = state
+            .lines
+            .get(&main)
+            .ok_or_else(|| StoreError::NotInHistory("the line is not kept any more".into()))?;
+        let clock = LogClock::resume(line.catalog.log_time, line.catalog.wall_time, now);
+        Ok(Appender::new(self.clone(), main, line.head, clock))
+    }
+}
+
 impl Drop for Appender {
     fn drop(&mut self) {
         self.close_segment();

@@ -74,6 +74,16 @@ impl Cursor {
         self.next
     }
 
+    /// The next frame if it is still in memory; then there is no input or output at all.
+    pub fn next_recent(&mut self) -> Option<Arc<Frame>> {
+        let found = self.find(&self.group.lock());
+        let Ok(Found::Recent(frame)) = found else { return None };
+        // What was being read of the log is behind us now.
+        self.reading = None;
+        self.next = self.next.next();
+        Some(frame)
+    }
+
     /// The next frame; `None` at the head.
     ///
     /// # Errors

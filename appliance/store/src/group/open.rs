@@ -134,16 +134,11 @@ impl Group {
             tails.push((*id, line.clone(), self.find_tail(*id, at, catalog, loose)?));
         }
         self.check_acked(main, &tails)?;
-        // What was not followed is stale: made unrecognisable before anything new is written.
-        for stale in loose.drain(..) {
-            if stale.header.is_some() {
-                let page = AlignedBuf::zeroed(PAGE);
-                stale
-                    .file
-                    .write_at(&[IoSlice::new(&page)], 0, true)
-                    .doing(|| format!("clearing log segment {}", stale.slot))?;
-            }
-            self.free.add(stale.slot, stale.file);
+        // Files that no segment was ever begun in, or that were cleared, can be used at once.
+        let (stale, blank): (Vec<Loose>, Vec<Loose>) =
+            loose.drain(..).partition(|loose| loose.header.is_some());
+        for blank in blank {
+            self.free.add(blank.slot, blank.file);
         }
         let mut rewritten = 0;
         let mut opened: Option<Appender> = None;
@@ -159,6 +154,17 @@ impl Group {
         }
         let main =
             opened.ok_or_else(|| StoreError::Corrupt("the manifest has no main line".into()))?;
+        // What was not followed is stale. It is made unrecognisable before anything new is
+        // answered, but only now that all frames are durable elsewhere: until then it may be the
+        // only copy, when an earlier opening was cut short.
+        for stale in stale {
+            let page = AlignedBuf::zeroed(PAGE);
+            stale
+                .file
+                .write_at(&[IoSlice::new(&page)], 0, true)
+                .doing(|| format!("clearing log segment {}", stale.slot))?;
+            self.free.add(stale.slot, stale.file);
+        }
         Ok(Opened { group: self.clone(), main, clones, rewritten })
     }
 

@@ -168,6 +168,12 @@ impl AsRef<[u8]> for PooledBuf {
     }
 }
 
+impl AsMut<[u8]> for PooledBuf {
+    fn as_mut(&mut self) -> &mut [u8] {
+        self
+    }
+}
+
 impl fmt::Debug for PooledBuf {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "PooledBuf({} bytes)", self.len)

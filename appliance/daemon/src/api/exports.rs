@@ -1,0 +1,145 @@
+//! Exports of a point in time, alive for as long as the one who asked keeps the answer open.
+//!
+//! The answer is one line of JSON and then, now and then, an empty line. When the connection goes
+//! away, for whatever reason, the export is withdrawn and the point may be retired again.
+
+use std::convert::Infallible;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use axum::body::{Body as HttpBody, Bytes};
+use axum::extract::State;
+use axum::response::Response;
+use serde::{Deserialize, Serialize};
+use srn_core::limits::SECTOR;
+use srn_core::state::Content;
+
+use super::routes::Body;
+use crate::error::{Failure, Result};
+use crate::node::Node;
+use crate::node::backend::Extra;
+
+/// How often an empty line is written, so that a connection that is gone is noticed.
+const PULSE: Duration = Duration::from_secs(2);
+
+/// A request for an export.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ExportRequest {
+    /// The group.
+    pub group: String,
+    /// The disk.
+    pub disk: String,
+    /// `latest`, or a checkpoint's id or label, or a frame's number.
+    pub at: String,
+}
+
+/// An export that is open.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct OpenExport {
+    /// Its name.
+    pub name: String,
+    /// The socket on which it is served.
+    pub socket: String,
+    /// Its size in bytes.
+    pub size: u64,
+    /// What it shows, in words.
+    pub point: String,
+    /// An NBD URI for programs on this machine.
+    pub uri: String,
+}
+
+pub(super) async fn open(
+    State(node): State<Arc<Node>>,
+    Body(request): Body<ExportRequest>,
+) -> Result<Response> {
+    static NEXT: AtomicU64 = AtomicU64::new(1);
+    let group = node.find_group(&request.group)?;
+    let point = {
+        let group = group.clone();
+        let at = request.at.clone();
+        tokio::task::spawn_blocking(move || group.choose_point(&at))
+    };
+    let (seq, words) =
+        point.await.map_err(|error| Failure::internal(format!("a task ended: {error}")))??;
+    let store = group.store().clone();
+    let view = tokio::task::spawn_blocking(move || store.view_at(seq));
+    let view =
+        view.await.map_err(|error| Failure::internal(format!("a task ended: {error}")))??;
+    let catalog = view.catalog();
+    let (disk, found) = catalog.by_name(&request.disk).ok_or_else(|| {
+        let known: Vec<&str> = catalog.disks.values().map(|disk| disk.name.as_str()).collect();
+        Failure::not_found(format!(
+            "group {} had no disk {:?} at {words}; it had: {}",
+            request.group,
+            request.disk,
+            known.join(", ")
+        ))
+    })?;
+    if found.content != Content::Clean {
+        return Err(Failure::refused(format!(
+            "disk {} is a mixture of times at {words}; choose a clean checkpoint",
+            request.disk
+        )));
+    }
+    let size = found.sectors * SECTOR;
+    let name = format!(
+        "export/{}-{}-{}",
+        request.group,
+        request.disk,
+        NEXT.fetch_add(1, Ordering::Relaxed)
+    );
+    let description = format!("disk {} of group {} at {words}", request.disk, request.group);
+    node.exports()
+        .publish(name.clone(), Extra::Point { view: Arc::new(view), disk, size, description });
+    let socket = node.nbd_socket().display().to_string();
+    let open = OpenExport {
+        uri: format!("nbd+unix:///{name}?socket={socket}"),
+        name: name.clone(),
+        socket,
+        size,
+        point: words,
+    };
+    let mut line = serde_json::to_string(&open)
+        .map_err(|error| Failure::internal(format!("encoding an answer: {error}")))?;
+    line.push('\n');
+    let held = Held { node, name };
+    let pulse = tokio::time::interval(PULSE);
+    let lines = Lines { first: Some(line), pulse, _held: held };
+    Ok(Response::new(HttpBody::from_stream(lines)))
+}
+
+/// Withdraws the export when dropped.
+struct Held {
+    node: Arc<Node>,
+    name: String,
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.node.exports().withdraw(&self.name);
+    }
+}
+
+struct Lines {
+    first: Option<String>,
+    pulse: tokio::time::Interval,
+    _held: Held,
+}
+
+impl futures_core::Stream for Lines {
+    type Item = std::result::Result<Bytes, Infallible>;
+
+    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        if let Some(first) = self.first.take() {
+            return Poll::Ready(Some(Ok(first.into())));
+        }
+        if self._held.node.stopping().is_cancelled() {
+            return Poll::Ready(None);
+        }
+        self.pulse.poll_tick(context).map(|_| Some(Ok(Bytes::from_static(b"\n"))))
+    }
+}

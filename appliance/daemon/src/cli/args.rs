@@ -1,0 +1,369 @@
+//! What can be typed.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::config::{CONTROL_SOCKET, parse_duration, parse_size};
+
+/// Protects servers by replicating their disks to another site, and recovers them there.
+#[derive(Debug, Parser)]
+#[command(
+    name = "srn",
+    version,
+    max_term_width = 100,
+    after_help = "The way from nothing to protected:\n  \
+        recovery node:    srn token new\n  \
+        production node:  srn pair RECOVERY-NODE\n  \
+        production node:  srn group create web --peer NAME --keep cache\n  \
+        production node:  srn disk add web root --qmp /run/vm.qmp --node drive0 --wait\n  \
+        either node:      srn status --watch\n\n\
+        And back, when production is lost:\n  \
+        recovery node:    srn failover run web\n\n\
+        Exit codes: 0 done, 1 internal error, 2 wrong usage, 3 invalid, 4 not found, 5 conflict,\n\
+        6 refused, 7 unreachable, 8 untrusted, 9 storage, 10 something is not installed."
+)]
+pub(super) struct Line {
+    /// The daemon's control socket.
+    #[arg(long, global = true, env = "SRN_SOCKET", default_value = CONTROL_SOCKET)]
+    pub(super) socket: PathBuf,
+    /// Print JSON.
+    #[arg(long, global = true)]
+    pub(super) json: bool,
+    /// What to do.
+    #[command(subcommand)]
+    pub(super) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum Command {
+    /// Run the daemon in the foreground.
+    Daemon {
+        /// Its configuration file [default: /etc/srn/config.toml if it is there].
+        #[arg(long)]
+        config: Option<PathBuf>,
+    },
+    /// Say whether everything is safe, and what everything is doing.
+    Status {
+        /// Again every second, until Ctrl-C.
+        #[arg(long, short)]
+        watch: bool,
+    },
+    /// Show what happened.
+    Events,
+    /// One-time tokens that pair two nodes.
+    #[command(subcommand)]
+    Token(TokenCommand),
+    /// Pair with a node; its token is asked for, or read from standard input.
+    Pair {
+        /// Host, or host and port.
+        #[arg(value_name = "HOST[:PORT]")]
+        host: String,
+    },
+    /// The nodes this one is paired with.
+    #[command(subcommand)]
+    Peer(PeerCommand),
+    /// Protection groups: disks that are replicated together, in one order.
+    #[command(subcommand)]
+    Group(GroupCommand),
+    /// The disks of a group.
+    #[command(subcommand)]
+    Disk(DiskCommand),
+    /// Points in time.
+    #[command(subcommand)]
+    Checkpoint(CheckpointCommand),
+    /// Run servers from a point in time on this node.
+    #[command(subcommand)]
+    Failover(FailoverCommand),
+    /// Turn a disk at a point in time into a file, or serve it read-only.
+    Export(ExportArgs),
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum TokenCommand {
+    /// Make a token, to be typed at the other node. It is shown once and works once.
+    New {
+        /// How long it is valid.
+        #[arg(long, default_value = "1h", value_parser = parse_duration, value_name = "DURATION")]
+        ttl: std::time::Duration,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum PeerCommand {
+    /// List peers.
+    List,
+    /// Remove the pairing with a peer.
+    Remove {
+        /// The peer's name or key.
+        peer: String,
+    },
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub(super) enum Keep {
+    /// Only what the peer has not got yet: for disks that the server keeps itself.
+    Cache,
+    /// A full copy.
+    Replica,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub(super) enum OnFull {
+    /// Writes wait until the peer has taken some.
+    Throttle,
+    /// Protection ends and the server goes on; for cache only.
+    Stop,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub(super) enum OnIsolatedStart {
+    /// Serve: production comes first.
+    Serve,
+    /// Wait until the peer says that it has not taken over.
+    Wait,
+}
+
+#[derive(Debug, Args, Default)]
+pub(super) struct Settings {
+    /// A full log: throttle or stop.
+    #[arg(long, value_name = "POLICY")]
+    pub(super) on_full: Option<OnFull>,
+    /// At start without the peer: serve or wait.
+    #[arg(long, value_name = "POLICY")]
+    pub(super) on_isolated_start: Option<OnIsolatedStart>,
+    /// Time between periodic checkpoints, from 1s; 0s for none.
+    #[arg(long, value_parser = parse_duration, value_name = "DURATION")]
+    pub(super) checkpoint_every: Option<std::time::Duration>,
+    /// How far back every write stays recoverable, where a replica is kept.
+    #[arg(long, value_parser = parse_duration, value_name = "DURATION")]
+    pub(super) history: Option<std::time::Duration>,
+    /// The most that the log may take, for example 10G.
+    #[arg(long, value_parser = parse_size, value_name = "SIZE")]
+    pub(super) log_size: Option<u64>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum GroupCommand {
+    /// Make a group of which this node is primary.
+    Create {
+        /// Its name.
+        name: String,
+        /// The peer that it is replicated to.
+        #[arg(long)]
+        peer: Option<String>,
+        /// What this node keeps of it.
+        #[arg(long)]
+        keep: Keep,
+        #[command(flatten)]
+        settings: Settings,
+    },
+    /// List groups.
+    List,
+    /// Show everything about a group.
+    Show {
+        /// The group.
+        name: String,
+    },
+    /// Change settings of a group.
+    Set {
+        /// The group.
+        name: String,
+        #[command(flatten)]
+        settings: Settings,
+        /// A program that is run before a forced failover and makes sure that production is off;
+        /// empty for none.
+        #[arg(long, value_name = "PROGRAM")]
+        fence_hook: Option<PathBuf>,
+    },
+    /// Stop replicating for a while; writes are kept here.
+    Pause {
+        /// The group.
+        name: String,
+    },
+    /// Replicate again.
+    Resume {
+        /// The group.
+        name: String,
+    },
+    /// Delete what this node keeps of a group. What the peer keeps stays.
+    Delete {
+        /// The group.
+        name: String,
+        /// Do not ask.
+        #[arg(long)]
+        yes: bool,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum DiskCommand {
+    /// Add a disk to a group.
+    #[command(group = clap::ArgGroup::new("source").required(true))]
+    Add {
+        /// The group.
+        group: String,
+        /// The disk's name.
+        name: String,
+        /// An empty disk of this size, served from here.
+        #[arg(long, group = "source", value_parser = parse_size)]
+        size: Option<u64>,
+        /// The disk of a running server: the QMP socket of its QEMU.
+        #[arg(long, group = "source", requires = "node", value_name = "SOCKET")]
+        qmp: Option<PathBuf>,
+        /// The block node or device there.
+        #[arg(long, requires = "qmp")]
+        node: Option<String>,
+        /// A disk served from here that begins with the content of this NBD export.
+        #[arg(long, group = "source", value_name = "NBD-URI")]
+        copy_from: Option<String>,
+        /// Wait until its first copy is whole, and show how far it is.
+        #[arg(long)]
+        wait: bool,
+    },
+    /// List the disks of a group.
+    List {
+        /// The group.
+        group: String,
+    },
+    /// Take a disk out of a group. Points from before keep it.
+    Remove {
+        /// The group.
+        group: String,
+        /// The disk.
+        name: String,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum CheckpointCommand {
+    /// Make a checkpoint now.
+    Create {
+        /// The group.
+        group: String,
+        /// A label to find it by.
+        #[arg(long)]
+        label: Option<String>,
+    },
+    /// List checkpoints, oldest first.
+    List {
+        /// The group.
+        group: String,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(super) struct MachineArgs {
+    /// What to recover: latest, a checkpoint's id or label, or a frame's number.
+    #[arg(long, default_value = "latest", value_name = "POINT")]
+    pub(super) at: String,
+    /// Virtual CPUs.
+    #[arg(long)]
+    pub(super) cpus: Option<u32>,
+    /// Memory.
+    #[arg(long, value_parser = parse_size)]
+    pub(super) memory: Option<u64>,
+    /// bios or uefi [default: what the disk needs].
+    #[arg(long)]
+    pub(super) firmware: Option<String>,
+    /// How the server sees its disks: virtio, nvme, scsi, pvscsi, sata or ide.
+    #[arg(long)]
+    pub(super) bus: Option<String>,
+    /// What the server is joined to: user, user,restrict, bridge:NAME or tap:NAME
+    /// [default: nothing].
+    #[arg(long)]
+    pub(super) network: Option<String>,
+    /// A string that the server finds in its SMBIOS tables (type 11).
+    #[arg(long, value_name = "TEXT")]
+    pub(super) smbios: Vec<String>,
+    /// Wait until this text appears on the serial console.
+    #[arg(long, value_name = "TEXT", conflicts_with = "wait_tcp")]
+    pub(super) wait_serial: Option<String>,
+    /// Wait until this service accepts connections.
+    #[arg(long, value_name = "HOST:PORT")]
+    pub(super) wait_tcp: Option<String>,
+    /// How long to wait for that.
+    #[arg(long, default_value = "10min", value_parser = parse_duration, value_name = "DURATION")]
+    pub(super) wait_timeout: std::time::Duration,
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum FailoverCommand {
+    /// Recover a group for real: production stops being primary.
+    Run {
+        /// The group.
+        group: String,
+        #[command(flatten)]
+        machine: MachineArgs,
+        /// Do not ask the production node to stop in good order.
+        #[arg(long)]
+        force: bool,
+        /// I have made sure that the production server is off (for scripts; else it is asked).
+        #[arg(long)]
+        yes_production_is_off: bool,
+        /// Only take over; start no server.
+        #[arg(long)]
+        no_start: bool,
+    },
+    /// Try a recovery on a clone, isolated, while replication goes on.
+    Test {
+        /// The group.
+        group: String,
+        #[command(flatten)]
+        machine: MachineArgs,
+    },
+    /// Stop a recovered server; a test's clone is thrown away.
+    Stop {
+        /// The recovered server, as listed.
+        id: String,
+        /// How long it may take to shut down by itself before it is cut off.
+        #[arg(long, default_value = "60s", value_parser = parse_duration, value_name = "DURATION")]
+        graceful: std::time::Duration,
+    },
+    /// List recovered servers.
+    List,
+}
+
+#[derive(Debug, Args)]
+#[command(group = clap::ArgGroup::new("to").required(true))]
+pub(super) struct ExportArgs {
+    /// The group.
+    pub(super) group: String,
+    /// The disk.
+    pub(super) disk: String,
+    /// What to export: latest, a checkpoint's id or label, or a frame's number.
+    #[arg(long, default_value = "latest", value_name = "POINT")]
+    pub(super) at: String,
+    /// Write a raw disk image.
+    #[arg(long, group = "to", value_name = "FILE")]
+    pub(super) raw: Option<PathBuf>,
+    /// Replace the file if it is there.
+    #[arg(long, requires = "raw")]
+    pub(super) force: bool,
+    /// Serve it read-only over NBD until Ctrl-C.
+    #[arg(long, group = "to")]
+    pub(super) nbd: bool,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_grammar_is_sound() {
+        Line::command().debug_assert();
+    }
+
+    #[test]
+    fn secrets_have_no_place_on_the_command_line() {
+        fn check(command: &clap::Command) {
+            for argument in command.get_arguments() {
+                let name = argument.get_id().as_str();
+                assert!(!name.contains("token") && !name.contains("secret"), "{name}");
+            }
+            command.get_subcommands().for_each(check);
+        }
+        check(&Line::command());
+    }
+}

@@ -1,0 +1,519 @@
+//! What each command does.
+
+use std::io::{BufRead, IsTerminal, Write};
+use std::time::Duration;
+
+use serde::Serialize;
+
+use super::args::{
+    CheckpointCommand, Command, DiskCommand, ExportArgs, FailoverCommand, GroupCommand, Keep,
+    MachineArgs, OnFull, OnIsolatedStart, PeerCommand, Settings, TokenCommand,
+};
+use super::client::{Client, segment};
+use super::{copy, render, say, say_error};
+use crate::api::{
+    AddDisk, CheckpointRequest, ExportRequest, GroupChange, NewCheckpoint, OpenExport, PairRequest,
+    StopRequest, TokenRequest,
+};
+use crate::error::{Failure, Result};
+use crate::fleet::{EventRecord, FullPolicy, IsolatedStart, PeerRecord};
+use crate::group::{CheckpointStatus, GroupStatus};
+use crate::node::{GroupRequest, NewToken, NodeStatus, PeerStatus};
+use crate::recovery::{Phase, RecoveryRequest, RecoveryStatus, SignRequest};
+
+/// How often something is looked at again.
+const EVERY: Duration = Duration::from_secs(1);
+
+struct Out {
+    json: bool,
+}
+
+impl Out {
+    /// Prints an answer: as JSON, or as `text` makes of it.
+    fn show<T: Serialize>(&self, answer: &T, text: impl FnOnce(&T) -> String) {
+        if self.json {
+            say(&serde_json::to_string_pretty(answer).unwrap_or_default());
+        } else {
+            say(&text(answer));
+        }
+    }
+}
+
+pub(super) async fn run(client: Client, json: bool, command: Command) -> Result<()> {
+    let out = Out { json };
+    match command {
+        // Dealt with before a client is made.
+        Command::Daemon { .. } => Ok(()),
+        Command::Status { watch } => status(&client, &out, watch).await,
+        Command::Events => {
+            let events: Vec<EventRecord> = client.get("/v1/events").await?;
+            out.show(&events, |events| render::events(events));
+            Ok(())
+        }
+        Command::Token(TokenCommand::New { ttl }) => {
+            let request = TokenRequest { ttl_s: ttl.as_secs() };
+            let token: NewToken = client.post("/v1/tokens", &request).await?;
+            out.show(&token, |token| {
+                format!(
+                    "{}\n\nType it at the other node, after: srn pair {}\nIt works once, until {}.",
+                    token.token,
+                    this_host(&token.link),
+                    token.expires_at
+                )
+            });
+            Ok(())
+        }
+        Command::Pair { host } => pair(&client, &out, host).await,
+        Command::Peer(command) => peer(&client, &out, command).await,
+        Command::Group(command) => group(&client, &out, command).await,
+        Command::Disk(command) => disk(&client, &out, command).await,
+        Command::Checkpoint(command) => checkpoint(&client, &out, command).await,
+        Command::Failover(command) => failover(&client, &out, command).await,
+        Command::Export(args) => export(&client, &out, args).await,
+    }
+}
+
+/// What to type at the other node: our name if we listen everywhere.
+fn this_host(link: &str) -> String {
+    let any = link.starts_with("0.0.0.0:") || link.starts_with("[::]:");
+    match (any, link.rsplit_once(':')) {
+        (true, Some((_, port))) => {
+            let name = rustix::system::uname().nodename().to_string_lossy().into_owned();
+            if port == crate::config::LINK_PORT.to_string() {
+                name
+            } else {
+                format!("{name}:{port}")
+            }
+        }
+        _ => link.to_owned(),
+    }
+}
+
+async fn status(client: &Client, out: &Out, watch: bool) -> Result<()> {
+    loop {
+        let status: NodeStatus = client.get("/v1/status").await?;
+        if watch && !out.json && std::io::stdout().is_terminal() {
+            // Home, then clear to the end: less flicker than clearing first.
+            let _ = write!(std::io::stdout(), "\x1b[H\x1b[J");
+        }
+        out.show(&status, render::status);
+        if !watch {
+            return Ok(());
+        }
+        tokio::select! {
+            () = tokio::time::sleep(EVERY) => {}
+            _ = tokio::signal::ctrl_c() => return Ok(()),
+        }
+    }
+}
+
+async fn pair(client: &Client, out: &Out, host: String) -> Result<()> {
+    if std::io::stdin().is_terminal() {
+        let _ = write!(std::io::stderr(), "Token of {host}: ");
+    }
+    let mut token = String::new();
+    std::io::stdin()
+        .lock()
+        .read_line(&mut token)
+        .map_err(|error| Failure::invalid(format!("reading the token: {error}")))?;
+    let token = token.trim().to_owned();
+    // A typing error is told here, before anything leaves this process.
+    srn_core::token::Token::parse(&token).map_err(|error| Failure::invalid(error.to_string()))?;
+    let peer: PeerRecord = client.post("/v1/peers", &PairRequest { address: host, token }).await?;
+    out.show(&peer, |peer| format!("paired with {} (key {})", peer.name, peer.id));
+    Ok(())
+}
+
+async fn peer(client: &Client, out: &Out, command: PeerCommand) -> Result<()> {
+    match command {
+        PeerCommand::List => {
+            let peers: Vec<PeerStatus> = client.get("/v1/peers").await?;
+            out.show(&peers, |peers| render::peers(peers));
+        }
+        PeerCommand::Remove { peer } => {
+            let gone: PeerRecord = client.delete(&format!("/v1/peers/{}", segment(&peer))).await?;
+            out.show(&gone, |gone| format!("peer {} was removed", gone.name));
+        }
+    }
+    Ok(())
+}
+
+fn change(settings: &Settings) -> GroupChange {
+    GroupChange {
+        checkpoint_every_s: settings.checkpoint_every.map(|every| every.as_secs()),
+        history_s: settings.history.map(|history| history.as_secs()),
+        full_policy: settings.on_full.map(|policy| match policy {
+            OnFull::Throttle => FullPolicy::Throttle,
+            OnFull::Stop => FullPolicy::Stop,
+        }),
+        isolated_start: settings.on_isolated_start.map(|policy| match policy {
+            OnIsolatedStart::Serve => IsolatedStart::Serve,
+            OnIsolatedStart::Wait => IsolatedStart::Wait,
+        }),
+        log_cap_bytes: settings.log_size,
+        ..GroupChange::default()
+    }
+}
+
+async fn group(client: &Client, out: &Out, command: GroupCommand) -> Result<()> {
+    let path = |name: &str| format!("/v1/groups/{}", segment(name));
+    match command {
+        GroupCommand::Create { name, peer, keep, settings } => {
+            let change = change(&settings);
+            let request = GroupRequest {
+                name,
+                peer,
+                keep: match keep {
+                    Keep::Cache => "cache".into(),
+                    Keep::Replica => "replica".into(),
+                },
+                log_cap_bytes: change.log_cap_bytes,
+                full_policy: change.full_policy,
+                checkpoint_every_s: change.checkpoint_every_s,
+                history_s: change.history_s,
+                isolated_start: change.isolated_start,
+            };
+            let made: GroupStatus = client.post("/v1/groups", &request).await?;
+            out.show(&made, |made| {
+                format!("group {} was made; add a disk with: srn disk add {}", made.name, made.name)
+            });
+        }
+        GroupCommand::List => {
+            let groups: Vec<GroupStatus> = client.get("/v1/groups").await?;
+            out.show(&groups, |groups| render::groups(groups));
+        }
+        GroupCommand::Show { name } => {
+            let group: GroupStatus = client.get(&path(&name)).await?;
+            out.show(&group, render::group);
+        }
+        GroupCommand::Set { name, settings, fence_hook } => {
+            let change = GroupChange { fence_hook, ..change(&settings) };
+            let group: GroupStatus = client.patch(&path(&name), &change).await?;
+            out.show(&group, render::group);
+        }
+        GroupCommand::Pause { name } => pause(client, out, &path(&name), true).await?,
+        GroupCommand::Resume { name } => pause(client, out, &path(&name), false).await?,
+        GroupCommand::Delete { name, yes } => {
+            let group: GroupStatus = client.get(&path(&name)).await.or_else(|error| {
+                // A group that cannot be opened can still be deleted.
+                if yes { Ok(placeholder(&name)) } else { Err(error) }
+            })?;
+            if !yes {
+                let what = if group.role == "secondary" {
+                    "This deletes the replica and all its checkpoints on this node."
+                } else {
+                    "This deletes what this node keeps of the group; the recovery node keeps its."
+                };
+                confirm(what, &name)?;
+            }
+            client.delete::<()>(&path(&name)).await?;
+            out.show(&name, |name| format!("group {name} was deleted here"));
+        }
+    }
+    Ok(())
+}
+
+/// Stands in for a group that is known by name only.
+fn placeholder(name: &str) -> GroupStatus {
+    GroupStatus {
+        name: name.to_owned(),
+        id: String::new(),
+        role: String::new(),
+        keep: String::new(),
+        peer: None,
+        state: String::new(),
+        cause: String::new(),
+        detail: None,
+        safe: false,
+        unsafe_since: None,
+        lag_seconds: None,
+        lag_bytes: None,
+        lag_unknown_since: None,
+        head: 0,
+        head_time: None,
+        acknowledged: None,
+        epoch: String::new(),
+        disks: Vec::new(),
+        log: crate::group::LogStatus { bytes: 0, cap: None, unacknowledged: 0, oldest: 0 },
+        link: crate::group::LinkStatus {
+            content_written: 0,
+            content_sent: 0,
+            wire_sent: 0,
+            wire_received: 0,
+            frames_sent_again: 0,
+        },
+        full_policy: FullPolicy::Throttle,
+        checkpoint_every_s: 0,
+        history_s: 0,
+        paused: false,
+    }
+}
+
+async fn pause(client: &Client, out: &Out, path: &str, paused: bool) -> Result<()> {
+    let change = GroupChange { paused: Some(paused), ..GroupChange::default() };
+    let group: GroupStatus = client.patch(path, &change).await?;
+    out.show(&group, |group| format!("group {} is {}", group.name, group.state));
+    Ok(())
+}
+
+/// Asks a person to type a word before something that cannot be undone.
+fn confirm(what: &str, word: &str) -> Result<()> {
+    if !std::io::stdin().is_terminal() {
+        return Err(Failure::refused(format!(
+            "{what} There is no terminal to confirm it at; use the option that says yes"
+        )));
+    }
+    let _ = write!(std::io::stderr(), "{what}\nType {word} to go on: ");
+    let mut typed = String::new();
+    std::io::stdin()
+        .lock()
+        .read_line(&mut typed)
+        .map_err(|error| Failure::invalid(format!("reading the confirmation: {error}")))?;
+    if typed.trim() == word {
+        Ok(())
+    } else {
+        Err(Failure::refused("not confirmed; nothing was done"))
+    }
+}
+
+async fn disk(client: &Client, out: &Out, command: DiskCommand) -> Result<()> {
+    match command {
+        DiskCommand::Add { group, name, size, qmp, node, copy_from, wait } => {
+            let path = format!("/v1/groups/{}/disks", segment(&group));
+            // The daemon has another working directory.
+            let qmp =
+                match qmp {
+                    Some(path) => Some(std::path::absolute(&path).map_err(|error| {
+                        Failure::invalid(format!("{}: {error}", path.display()))
+                    })?),
+                    None => None,
+                };
+            let request = AddDisk { name: name.clone(), size, qmp, node, copy_from };
+            let status: GroupStatus = client.post(&path, &request).await?;
+            if wait {
+                return wait_for_copy(client, out, &group, &name).await;
+            }
+            out.show(&status, |status| {
+                let disk = status.disks.iter().find(|disk| disk.name == name);
+                let export = disk.and_then(|disk| disk.export.clone()).unwrap_or_default();
+                format!("disk {name} was added to group {group}, export {export}")
+            });
+        }
+        DiskCommand::List { group } => {
+            let group: GroupStatus = client.get(&format!("/v1/groups/{}", segment(&group))).await?;
+            out.show(&group.disks, |disks| {
+                let lines: Vec<String> = disks.iter().map(render::disk_line).collect();
+                if lines.is_empty() { "no disks".into() } else { lines.join("\n") }
+            });
+        }
+        DiskCommand::Remove { group, name } => {
+            let path = format!("/v1/groups/{}/disks/{}", segment(&group), segment(&name));
+            let status: GroupStatus = client.delete(&path).await?;
+            out.show(&status, |_| format!("disk {name} was removed from group {group}"));
+        }
+    }
+    Ok(())
+}
+
+/// Shows how far a first copy is, until the disk and its replica are in step.
+async fn wait_for_copy(client: &Client, out: &Out, group: &str, disk: &str) -> Result<()> {
+    let path = format!("/v1/groups/{}", segment(group));
+    let terminal = std::io::stderr().is_terminal();
+    loop {
+        let status: GroupStatus = client.get(&path).await?;
+        let found = status
+            .disks
+            .iter()
+            .find(|found| found.name == disk)
+            .ok_or_else(|| Failure::not_found(format!("disk {disk} was removed meanwhile")))?;
+        let in_step = found.state == "streaming" && status.lag_bytes == Some(0);
+        let failed = matches!(found.state.as_str(), "failed" | "fenced" | "diverged");
+        let line = match &found.copy {
+            Some(copy) => format!(
+                "{} {}",
+                render::bar(copy.done, copy.total, 30),
+                render::progress(copy.done, copy.total, copy.rate)
+            ),
+            None => format!("{}, {}", found.state, render::at_risk(&status)),
+        };
+        if terminal {
+            let _ = write!(std::io::stderr(), "\r\x1b[K{line}");
+        } else if !out.json {
+            say_error(&line);
+        }
+        if in_step || failed {
+            if terminal {
+                say_error("");
+            }
+            if failed {
+                let detail = found.detail.clone().unwrap_or_else(|| found.cause.clone());
+                return Err(Failure::refused(format!("disk {disk} is {}: {detail}", found.state)));
+            }
+            out.show(&status, |_| format!("disk {disk} of group {group} is in step"));
+            return Ok(());
+        }
+        tokio::select! {
+            () = tokio::time::sleep(EVERY) => {}
+            _ = tokio::signal::ctrl_c() => {
+                say_error("\nthe copy goes on; look at it with: srn status");
+                return Ok(());
+            }
+        }
+    }
+}
+
+async fn checkpoint(client: &Client, out: &Out, command: CheckpointCommand) -> Result<()> {
+    match command {
+        CheckpointCommand::Create { group, label } => {
+            let path = format!("/v1/groups/{}/checkpoints", segment(&group));
+            let made: NewCheckpoint = client.post(&path, &CheckpointRequest { label }).await?;
+            out.show(&made, |made| match made.frame {
+                Some(frame) => format!("checkpoint {} at frame {frame}", made.id),
+                None => format!("checkpoint {} was asked of the production node", made.id),
+            });
+        }
+        CheckpointCommand::List { group } => {
+            let path = format!("/v1/groups/{}/checkpoints", segment(&group));
+            let checkpoints: Vec<CheckpointStatus> = client.get(&path).await?;
+            out.show(&checkpoints, |checkpoints| render::checkpoints(checkpoints));
+        }
+    }
+    Ok(())
+}
+
+fn recovery_request(machine: &MachineArgs, test: bool) -> RecoveryRequest {
+    let sign = match (&machine.wait_serial, &machine.wait_tcp) {
+        (Some(text), _) => Some(SignRequest::Serial(text.clone())),
+        (None, Some(address)) => Some(SignRequest::Tcp(address.clone())),
+        (None, None) => None,
+    };
+    RecoveryRequest {
+        test,
+        at: machine.at.clone(),
+        force: false,
+        production_is_off: false,
+        no_start: false,
+        cpus: machine.cpus,
+        memory_bytes: machine.memory,
+        firmware: machine.firmware.clone(),
+        bus: machine.bus.clone(),
+        network: machine.network.clone(),
+        smbios_strings: machine.smbios.clone(),
+        sign,
+        sign_within_s: machine.wait_timeout.as_secs(),
+    }
+}
+
+async fn failover(client: &Client, out: &Out, command: FailoverCommand) -> Result<()> {
+    match command {
+        FailoverCommand::Run { group, machine, force, yes_production_is_off, no_start } => {
+            let mut request = recovery_request(&machine, false);
+            request.force = force;
+            request.no_start = no_start;
+            request.production_is_off = yes_production_is_off;
+            let path = format!("/v1/groups/{}", segment(&group));
+            let status: GroupStatus = client.get(&path).await?;
+            if !yes_production_is_off && (force || needs_force(client, &status).await?) {
+                confirm(
+                    &format!(
+                        "The production node of group {group} is not asked. Two running servers \
+                         would be the worst of all:\nmake sure that the production server is off."
+                    ),
+                    &group,
+                )?;
+                request.production_is_off = true;
+            }
+            start(client, out, &group, request).await
+        }
+        FailoverCommand::Test { group, machine } => {
+            start(client, out, &group, recovery_request(&machine, true)).await
+        }
+        FailoverCommand::Stop { id, graceful } => {
+            let path = format!("/v1/recoveries/{}/stop", segment(&id));
+            client.post::<()>(&path, &StopRequest { graceful_s: graceful.as_secs() }).await?;
+            out.show(&id, |id| format!("{id} was stopped"));
+            Ok(())
+        }
+        FailoverCommand::List => {
+            let all: Vec<RecoveryStatus> = client.get("/v1/recoveries").await?;
+            out.show(&all, |all| {
+                let lines: Vec<String> = all.iter().map(render::recovery).collect();
+                if lines.is_empty() { "no recovered servers".into() } else { lines.join("\n") }
+            });
+            Ok(())
+        }
+    }
+}
+
+/// Whether the production node cannot be asked to stop in good order.
+async fn needs_force(client: &Client, group: &GroupStatus) -> Result<bool> {
+    if group.role != "secondary" {
+        return Ok(false);
+    }
+    let peers: Vec<PeerStatus> = client.get("/v1/peers").await?;
+    let connected = |peer: &PeerStatus| Some(&peer.name) == group.peer.as_ref() && peer.connected;
+    Ok(!peers.iter().any(connected))
+}
+
+async fn start(client: &Client, out: &Out, group: &str, request: RecoveryRequest) -> Result<()> {
+    let path = format!("/v1/groups/{}/recoveries", segment(group));
+    let waits = request.sign.is_some();
+    let mut status: RecoveryStatus = client.post(&path, &request).await?;
+    if waits {
+        if !out.json {
+            say_error(&format!("{}; waiting for its answer", render::recovery_line(&status)));
+        }
+        let path = format!("/v1/recoveries/{}", segment(&status.id));
+        while status.phase == Phase::Running && status.problem.is_none() {
+            tokio::select! {
+                () = tokio::time::sleep(Duration::from_millis(200)) => {}
+                _ = tokio::signal::ctrl_c() => {
+                    say_error("it goes on; look at it with: srn failover list");
+                    return Ok(());
+                }
+            }
+            status = client.get(&path).await?;
+        }
+    }
+    let problem = status.problem.clone().filter(|_| waits);
+    out.show(&status, render::recovery);
+    match problem {
+        Some(problem) => Err(Failure::unreachable(format!("{}: {problem}", status.id))),
+        None => Ok(()),
+    }
+}
+
+async fn export(client: &Client, out: &Out, args: ExportArgs) -> Result<()> {
+    let request = ExportRequest { group: args.group, disk: args.disk, at: args.at };
+    if let Some(path) = &args.raw
+        && path.exists()
+        && !args.force
+    {
+        return Err(Failure::conflict(format!(
+            "{} is there already; choose another file or use --force",
+            path.display()
+        )));
+    }
+    let (open, held): (OpenExport, _) = client.hold("/v1/exports", &request).await?;
+    match args.raw {
+        Some(path) => {
+            let done = copy::to_file(&open, &path).await;
+            drop(held);
+            let bytes = done?;
+            out.show(&open, |open| {
+                format!(
+                    "{} of content from {} was written to {}",
+                    crate::config::Size(bytes),
+                    open.point,
+                    path.display()
+                )
+            });
+        }
+        None => {
+            out.show(&open, |open| format!("{}\n{}\nserved until Ctrl-C", open.uri, open.point));
+            let _ = tokio::signal::ctrl_c().await;
+            drop(held);
+        }
+    }
+    Ok(())
+}

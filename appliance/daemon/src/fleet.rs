@@ -1,0 +1,201 @@
+//! What a node remembers besides the histories of its groups: peers, settings, recoveries, events.
+//!
+//! Behind a small trait, so that a database of a fleet can hold it too. What decides who may write
+//! where (roles, epochs, fences) is not here but in each group's manifest, beside its history.
+
+mod sqlite;
+
+pub use sqlite::SqliteFleet;
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::Result;
+
+/// A paired node.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PeerRecord {
+    /// The SHA-256 of its public key, in hexadecimal.
+    pub id: String,
+    /// The name it had when it was paired; people may change it here.
+    pub name: String,
+    /// Where to dial it: host and port. None when it dials us.
+    pub address: Option<String>,
+    /// When it was paired, in microseconds since 1970.
+    pub paired_at: i64,
+}
+
+/// What a full log does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum FullPolicy {
+    /// Writes wait until there is room.
+    Throttle,
+    /// Protection ends and the server goes on.
+    Stop,
+}
+
+/// What a primary does that starts and cannot reach its peer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum IsolatedStart {
+    /// It serves: production comes first.
+    Serve,
+    /// It waits until the peer has said that it did not take over.
+    Wait,
+}
+
+/// A group's settings at this node.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GroupRecord {
+    /// The group's id.
+    pub id: String,
+    /// Its name.
+    pub name: String,
+    /// The peer's id; none when it is not replicated.
+    pub peer: Option<String>,
+    /// A person paused it.
+    pub paused: bool,
+    /// What a full log does.
+    pub full_policy: FullPolicy,
+    /// At start without the peer.
+    pub isolated_start: IsolatedStart,
+    /// Seconds between periodic checkpoints; 0 for none.
+    pub checkpoint_every_s: u64,
+    /// Seconds of history that stay recoverable, where a replica is kept.
+    pub history_s: u64,
+    /// The most that the log may take, in bytes.
+    pub log_cap_bytes: u64,
+    /// A program that is run before a forced failover and makes sure that production is off.
+    pub fence_hook: Option<PathBuf>,
+    /// Where the disks' writes come from, at the primary.
+    pub sources: Vec<SourceRecord>,
+}
+
+/// Where a disk's writes come from.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SourceRecord {
+    /// The disk's number in its group.
+    pub disk: u32,
+    /// How.
+    pub source: Source,
+}
+
+/// How writes come in.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "kebab-case")]
+pub enum Source {
+    /// The server's disk is our export.
+    Served,
+    /// QEMU mirrors the server's disk to our export.
+    Mirror {
+        /// The QMP socket of the server's QEMU.
+        qmp: PathBuf,
+        /// The block node or device there.
+        node: String,
+    },
+}
+
+/// A recovered server.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RecoveryRecord {
+    /// A short name, unique at this node.
+    pub id: String,
+    /// The group's id.
+    pub group: String,
+    /// Whether it is a test: then it runs on a clone that is thrown away.
+    pub test: bool,
+    /// The epoch it writes in.
+    pub epoch: String,
+    /// The position it was started from, in words.
+    pub point: String,
+    /// When it was started, in microseconds since 1970.
+    pub started_at: i64,
+    /// The machine's run directory.
+    pub folder: PathBuf,
+}
+
+/// How bad an event is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Level {
+    /// For the record.
+    Info,
+    /// Somebody should look.
+    Warning,
+    /// Something is not protected.
+    Alert,
+}
+
+/// Something that happened.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EventRecord {
+    /// When, in microseconds since 1970.
+    pub at: i64,
+    /// How bad it is.
+    pub level: Level,
+    /// The group's name, if it is about one.
+    pub group: Option<String>,
+    /// What, in one line.
+    pub text: String,
+}
+
+/// The node's memory. Everything put is durable when it returns.
+pub trait Fleet: Send + Sync + std::fmt::Debug {
+    /// All peers.
+    ///
+    /// # Errors
+    /// When the memory cannot be read.
+    fn peers(&self) -> Result<Vec<PeerRecord>>;
+    /// Adds or changes a peer.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    fn put_peer(&self, peer: &PeerRecord) -> Result<()>;
+    /// Forgets a peer.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    fn remove_peer(&self, id: &str) -> Result<()>;
+    /// All groups.
+    ///
+    /// # Errors
+    /// When the memory cannot be read.
+    fn groups(&self) -> Result<Vec<GroupRecord>>;
+    /// Adds or changes a group.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    fn put_group(&self, group: &GroupRecord) -> Result<()>;
+    /// Forgets a group.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    fn remove_group(&self, id: &str) -> Result<()>;
+    /// All recoveries.
+    ///
+    /// # Errors
+    /// When the memory cannot be read.
+    fn recoveries(&self) -> Result<Vec<RecoveryRecord>>;
+    /// Adds or changes a recovery.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    fn put_recovery(&self, recovery: &RecoveryRecord) -> Result<()>;
+    /// Forgets a recovery.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    fn remove_recovery(&self, id: &str) -> Result<()>;
+    /// Adds an event; the oldest go when there are many.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    fn add_event(&self, event: &EventRecord) -> Result<()>;
+    /// The newest events, newest first.
+    ///
+    /// # Errors
+    /// When the memory cannot be read.
+    fn events(&self, most: usize) -> Result<Vec<EventRecord>>;
+}

@@ -1,0 +1,901 @@
+//! A protection group as this node runs it: its store, its engine, its side of the link, its
+//! sources and its exports.
+
+pub mod effort;
+pub mod engine;
+mod export;
+mod incoming;
+mod lag;
+mod maintainer;
+mod outgoing;
+mod status;
+
+pub use export::{DiskExport, ReadOnlyExport, Slot, Slots};
+pub use status::{CheckpointStatus, DiskStatus, GroupStatus, LinkStatus, LogStatus};
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, Weak};
+use std::time::Duration;
+
+use srn_core::epoch::Position;
+use srn_core::frame::{MarkKind, ResyncReason};
+use srn_core::ids::{CheckpointId, DiskId, DiskNo, EpochId, GroupId, NodeId, Seq};
+use srn_core::name::Name;
+use srn_core::state::{Cause, State};
+use srn_core::wire::{Message, RefuseCode};
+use srn_link::Session;
+use srn_store::StoreError;
+use srn_store::catalog::Catalog;
+use srn_store::group::{Appender, Change, Group as Store, Opened, Options, OwnedRecord};
+use srn_store::manifest::{Fence, Keep, Note, Role};
+use tokio::sync::Notify;
+
+use crate::clock;
+use crate::context::Context;
+use crate::error::{Failure, Kind, Result};
+use crate::fleet::{FullPolicy, GroupRecord, IsolatedStart, Level, Source, SourceRecord};
+use engine::{Engine, Watcher};
+use lag::Lag;
+use maintainer::Maintainer;
+
+/// A running group.
+#[derive(Debug)]
+pub struct Group {
+    context: Context,
+    id: GroupId,
+    record: Mutex<GroupRecord>,
+    store: Arc<Store>,
+    engine: RwLock<Arc<Engine>>,
+    maintainer: Maintainer,
+    lag: Mutex<Lag>,
+    side: Mutex<Side>,
+    facts: Mutex<Facts>,
+    /// Signals that something about the group changed.
+    changed: Notify,
+    counters: Counters,
+    /// Who has the exports of this group open.
+    pub(crate) slots: Slots,
+}
+
+/// This node's side of replicating the group.
+#[derive(Debug)]
+enum Side {
+    /// No session with the peer.
+    Apart,
+    /// We send.
+    Outgoing(outgoing::Outgoing),
+    /// We receive.
+    Incoming(incoming::Incoming),
+}
+
+/// What decides the state besides log and link.
+#[derive(Debug, Default)]
+struct Facts {
+    /// The store or the sources ended protection.
+    failure: Option<(Cause, String)>,
+    /// The log is full, and why.
+    full: Option<String>,
+    /// Sources that are not running, and why; by disk number.
+    sources: std::collections::BTreeMap<u32, String>,
+    /// Sources' progress of a first copy or resync.
+    progress: std::collections::BTreeMap<u32, CopyProgress>,
+    /// Since when the group is not safe.
+    unsafe_since: Option<srn_core::time::WallTime>,
+    last_state: Option<(State, Cause)>,
+    /// A planned failover is draining this primary.
+    draining: bool,
+    /// At start without the peer: exports stay closed until it has been heard.
+    waiting_for_peer: bool,
+    last_checkpoint: Option<srn_core::time::Mono>,
+}
+
+/// How far a copy is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CopyProgress {
+    /// Bytes done.
+    pub done: u64,
+    /// Bytes in all.
+    pub total: u64,
+    /// Bytes per second of late.
+    pub rate: u64,
+}
+
+#[derive(Debug, Default)]
+struct Counters {
+    content_written: AtomicU64,
+    content_sent: AtomicU64,
+    wire_sent: AtomicU64,
+    wire_received: AtomicU64,
+    frames_sent_again: AtomicU64,
+    highest_sent: AtomicU64,
+}
+
+/// The ends of clones that were found when a group was opened.
+pub type Clones = Vec<(EpochId, Appender)>;
+
+/// A new group at its primary.
+#[derive(Debug, Clone)]
+pub struct NewGroup {
+    /// Its name.
+    pub name: Name,
+    /// Its peer.
+    pub peer: Option<NodeId>,
+    /// What is kept here.
+    pub keep: Keep,
+    /// Its settings.
+    pub record: GroupRecord,
+}
+
+impl Group {
+    /// Makes a new group of which this node is primary.
+    ///
+    /// # Errors
+    /// Storage failures; settings that cannot be.
+    pub fn create(context: &Context, new: NewGroup) -> Result<Arc<Self>> {
+        let id = GroupId(clock::random());
+        let mut record = new.record;
+        record.id = id.to_string();
+        record.name = new.name.to_string();
+        let opened = Store::create(
+            context.store(),
+            options(context, &record),
+            &context.group_dir(&record.id),
+            &srn_store::group::NewGroup {
+                group: id,
+                name: record.name.clone(),
+                role: Role::Primary,
+                keep: new.keep,
+                epoch: EpochId(clock::random()),
+                now: clock::now(),
+            },
+        )?;
+        context.fleet().put_group(&record)?;
+        Self::run(context, record, opened).map(|(group, _)| group)
+    }
+
+    /// Makes the replica of a group that a peer offers.
+    ///
+    /// # Errors
+    /// Storage failures.
+    pub fn create_replica(
+        context: &Context,
+        id: GroupId,
+        first_epoch: EpochId,
+        record: GroupRecord,
+    ) -> Result<Arc<Self>> {
+        let opened = Store::create(
+            context.store(),
+            options(context, &record),
+            &context.group_dir(&record.id),
+            &srn_store::group::NewGroup {
+                group: id,
+                name: record.name.clone(),
+                role: Role::Secondary,
+                keep: Keep::Replica,
+                epoch: first_epoch,
+                now: clock::now(),
+            },
+        )?;
+        context.fleet().put_group(&record)?;
+        Self::run(context, record, opened).map(|(group, _)| group)
+    }
+
+    /// Opens a group that is there.
+    ///
+    /// Gives also the ends of its clones.
+    ///
+    /// # Errors
+    /// Storage failures.
+    pub fn open(context: &Context, record: GroupRecord) -> Result<(Arc<Self>, Clones)> {
+        let dir = context.group_dir(&record.id);
+        let opened = Store::open(context.store(), options(context, &record), &dir, clock::now())
+            .map_err(|error| Failure::from(error).while_doing(&format!("group {}", record.name)))?;
+        if opened.rewritten > 0 {
+            log::info!(
+                "group {}: {} frames at the end of the log were written again, as nothing proved \
+                 them durable",
+                record.name,
+                opened.rewritten
+            );
+        }
+        Self::run(context, record, opened)
+    }
+
+    fn run(context: &Context, record: GroupRecord, opened: Opened) -> Result<(Arc<Self>, Clones)> {
+        let Opened { group: store, main, clones, .. } = opened;
+        let name = record.name.clone();
+        let (role, fence) = store.role();
+        let waits = role == Role::Primary
+            && record.peer.is_some()
+            && record.isolated_start == IsolatedStart::Wait;
+        let mut lag = Lag::default();
+        let (head, acked) = (store.head(), store.acked());
+        if role == Role::Primary && acked < head.seq && acked > Seq::ZERO {
+            lag.inherited(head.seq, store.unacked_bytes(), clock::mono());
+        }
+        let slot = Arc::new(OnceLock::new());
+        let thread = |error| Failure::internal(format!("starting a thread: {error}"));
+        let watch = Box::new(Watch { group: slot.clone() });
+        let engine = Engine::start(&name, main, watch).map_err(thread)?;
+        let maintainer = Maintainer::start(&name, store.clone(), slot.clone()).map_err(thread)?;
+        let this = Arc::new(Self {
+            context: context.clone(),
+            id: store.id(),
+            record: Mutex::new(record),
+            store,
+            engine: RwLock::new(Arc::new(engine)),
+            maintainer,
+            lag: Mutex::new(lag),
+            side: Mutex::new(Side::Apart),
+            facts: Mutex::new(Facts { waiting_for_peer: waits, ..Facts::default() }),
+            changed: Notify::new(),
+            counters: Counters::default(),
+            slots: Slots::default(),
+        });
+        // Set once, here.
+        let _ = slot.set(Arc::downgrade(&this));
+        if fence.is_some() {
+            this.engine().close(FENCED);
+        }
+        Ok((this, clones))
+    }
+
+    /// The group's id.
+    #[must_use]
+    pub const fn id(&self) -> GroupId {
+        self.id
+    }
+
+    /// The group's name.
+    #[must_use]
+    pub fn name(&self) -> String {
+        self.record().name.clone()
+    }
+
+    /// The settings as they are now.
+    #[must_use]
+    pub fn settings(&self) -> GroupRecord {
+        self.record().clone()
+    }
+
+    /// The store.
+    #[must_use]
+    pub const fn store(&self) -> &Arc<Store> {
+        &self.store
+    }
+
+    /// The engine of the main line.
+    #[must_use]
+    pub fn engine(&self) -> Arc<Engine> {
+        self.engine.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn record(&self) -> MutexGuard<'_, GroupRecord> {
+        self.record.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn side(&self) -> MutexGuard<'_, Side> {
+        self.side.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn facts(&self) -> MutexGuard<'_, Facts> {
+        self.facts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn lag(&self) -> MutexGuard<'_, Lag> {
+        self.lag.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The peer, if the group has one.
+    #[must_use]
+    pub fn peer(&self) -> Option<NodeId> {
+        self.record().peer.as_ref().and_then(|peer| peer.parse().ok())
+    }
+
+    /// This node's part.
+    #[must_use]
+    pub fn role(&self) -> Role {
+        self.store.role().0
+    }
+
+    /// The fence, if there is one.
+    #[must_use]
+    pub fn fence(&self) -> Option<Fence> {
+        self.store.role().1
+    }
+
+    /// Waits until something about the group may have changed.
+    pub async fn changed(&self) {
+        self.changed.notified().await;
+    }
+
+    /// Changes the settings, durably.
+    ///
+    /// # Errors
+    /// When they cannot be written.
+    pub fn change_settings(&self, change: impl FnOnce(&mut GroupRecord)) -> Result<()> {
+        let mut record = self.record();
+        let mut next = record.clone();
+        change(&mut next);
+        self.context.fleet().put_group(&next)?;
+        *record = next;
+        drop(record);
+        self.maintainer.wake();
+        self.changed.notify_waiters();
+        Ok(())
+    }
+
+    /// The disks at the head.
+    #[must_use]
+    pub fn catalog(&self) -> Catalog {
+        self.store.catalog()
+    }
+
+    /// The disk of this name.
+    ///
+    /// # Errors
+    /// [`Kind::NotFound`], naming those that there are.
+    pub fn disk(&self, name: &str) -> Result<(DiskNo, srn_store::catalog::CatalogDisk)> {
+        let catalog = self.catalog();
+        catalog.by_name(name).map(|(no, disk)| (no, disk.clone())).ok_or_else(|| {
+            let known: Vec<&str> = catalog.disks.values().map(|disk| disk.name.as_str()).collect();
+            Failure::not_found(format!(
+                "group {} has no disk {name:?}; it has: {}",
+                self.name(),
+                if known.is_empty() { "none".into() } else { known.join(", ") }
+            ))
+        })
+    }
+
+    /// Whether writes may be taken here now.
+    ///
+    /// # Errors
+    /// [`Kind::Refused`] with the reason and the way out.
+    pub fn check_writable(&self) -> Result<()> {
+        let name = self.name();
+        let (role, fence) = self.store.role();
+        if role == Role::Secondary {
+            return Err(Failure::refused(format!(
+                "this node is the recovery node of group {name}; its disks are written at the \
+                 production node"
+            )));
+        }
+        if let Some(fence) = fence {
+            return Err(Failure::refused(format!(
+                "group {name} is fenced since {}: {}; nothing is written here any more",
+                clock::rfc3339(fence.since),
+                fence.cause
+            )));
+        }
+        let facts = self.facts();
+        if facts.draining {
+            return Err(Failure::refused(format!(
+                "group {name} is being drained for a planned failover"
+            )));
+        }
+        if facts.waiting_for_peer {
+            return Err(Failure::refused(format!(
+                "group {name} waits for its peer before it serves (on-isolated-start = wait); \
+                 restore the link, or set on-isolated-start to serve"
+            )));
+        }
+        drop(facts);
+        match self.engine().closed() {
+            Some(why) => Err(Failure::new(Kind::Storage, format!("group {name}: {why}"))),
+            None => Ok(()),
+        }
+    }
+
+    async fn append(&self, records: Vec<OwnedRecord>) -> Result<Position> {
+        let changes = records.into_iter().map(Change::Record).collect();
+        let appended = self.engine().append(changes).await;
+        appended.map_err(|closed| {
+            Failure::new(Kind::Refused, format!("group {}: {closed}", self.name()))
+        })
+    }
+
+    /// Adds a disk.
+    ///
+    /// # Errors
+    /// [`Kind::Conflict`] when the name is taken; [`Kind::Invalid`] for a source that cannot be.
+    pub async fn add_disk(&self, name: &Name, sectors: u64, source: Source) -> Result<DiskNo> {
+        self.check_writable()?;
+        let catalog = self.catalog();
+        if catalog.by_name(name.as_str()).is_some() {
+            return Err(Failure::conflict(format!(
+                "group {} has a disk {name} already",
+                self.name()
+            )));
+        }
+        if source == Source::Served && self.store.keep() == Keep::Cache {
+            return Err(Failure::invalid(format!(
+                "group {} keeps a local cache, which holds no copy to serve; \
+                 a served disk needs a group that keeps a replica",
+                self.name()
+            )));
+        }
+        let disk = DiskNo(catalog.next_disk);
+        let id = DiskId(clock::random());
+        let mut records = vec![OwnedRecord::DiskAdd(disk, id, sectors, name.clone())];
+        if source != Source::Served {
+            // Until its first copy is whole there is nothing to recover.
+            records.push(OwnedRecord::ResyncBegin(disk, ResyncReason::Seeding));
+        }
+        self.append(records).await?;
+        self.change_settings(|record| {
+            record.sources.retain(|source| source.disk != disk.0);
+            record.sources.push(SourceRecord { disk: disk.0, source });
+        })?;
+        self.context.event(Level::Info, Some(&self.name()), &format!("disk {name} was added"));
+        Ok(disk)
+    }
+
+    /// Takes a disk out of the group.
+    ///
+    /// # Errors
+    /// When it does not exist, or nothing can be appended.
+    pub async fn remove_disk(&self, name: &str) -> Result<DiskNo> {
+        self.check_writable()?;
+        let (disk, _) = self.disk(name)?;
+        self.append(vec![OwnedRecord::DiskRemove(disk)]).await?;
+        self.change_settings(|record| record.sources.retain(|source| source.disk != disk.0))?;
+        self.context.event(Level::Info, Some(&self.name()), &format!("disk {name} was removed"));
+        Ok(disk)
+    }
+
+    /// From here the disk's content is sent anew.
+    ///
+    /// # Errors
+    /// When nothing can be appended.
+    pub async fn begin_resync(&self, disk: DiskNo, reason: ResyncReason) -> Result<()> {
+        self.append(vec![OwnedRecord::ResyncBegin(disk, reason)]).await.map(|_| ())
+    }
+
+    /// The disk's content is one point in time again.
+    ///
+    /// # Errors
+    /// When nothing can be appended.
+    pub async fn end_resync(&self, disk: DiskNo) -> Result<()> {
+        self.append(vec![OwnedRecord::ResyncEnd(disk)]).await?;
+        self.changed.notify_waiters();
+        Ok(())
+    }
+
+    /// Makes a checkpoint, or asks the primary for one.
+    ///
+    /// # Errors
+    /// When nothing can be appended, or the primary cannot be asked.
+    pub async fn checkpoint(
+        &self,
+        kind: MarkKind,
+        label: Option<String>,
+    ) -> Result<(CheckpointId, Option<Position>)> {
+        let id = CheckpointId(clock::random());
+        if self.role() == Role::Secondary {
+            let session = match &*self.side() {
+                Side::Incoming(incoming) => Some(incoming.session().clone()),
+                _ => None,
+            };
+            let session = session.ok_or_else(|| {
+                Failure::unreachable(format!(
+                    "the production node of group {} is not connected, and only it can make a \
+                     checkpoint",
+                    self.name()
+                ))
+            })?;
+            session.send(&Message::MarkRequest { group: self.id, id }).await?;
+            self.note(id, label).await?;
+            return Ok((id, None));
+        }
+        self.check_writable()?;
+        if self.catalog().disks.is_empty() {
+            return Err(Failure::refused(format!(
+                "group {} has no disk; a checkpoint would hold nothing",
+                self.name()
+            )));
+        }
+        let position = self.append(vec![OwnedRecord::Mark(id, kind)]).await?;
+        self.note(id, label).await?;
+        self.facts().last_checkpoint = Some(clock::mono());
+        Ok((id, Some(position)))
+    }
+
+    async fn note(&self, id: CheckpointId, label: Option<String>) -> Result<()> {
+        let Some(label) = label else { return Ok(()) };
+        let store = self.store.clone();
+        let note = Note { label, pinned: false };
+        self.blocking(move || store.set_note(id, note)).await
+    }
+
+    /// Runs something that may wait for the disk.
+    async fn blocking<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> srn_store::Result<T> + Send + 'static,
+    ) -> Result<T> {
+        match tokio::task::spawn_blocking(work).await {
+            Ok(result) => result.map_err(Failure::from),
+            Err(error) => Err(Failure::internal(format!("a task ended: {error}"))),
+        }
+    }
+
+    /// Pauses or resumes replication.
+    ///
+    /// # Errors
+    /// When the setting cannot be written.
+    pub async fn set_paused(self: &Arc<Self>, paused: bool) -> Result<()> {
+        self.change_settings(|record| record.paused = paused)?;
+        let session = self.session();
+        if paused {
+            if let Some(session) = &session {
+                let text = "paused by an administrator".to_owned();
+                let refuse = self.refuse(RefuseCode::Paused, text);
+                let _ = session.send(&refuse).await;
+            }
+            self.end_stream();
+        } else if let Some(session) = session {
+            self.session_up(&session).await;
+        }
+        let what = if paused { "paused" } else { "resumed" };
+        self.context.event(Level::Info, Some(&self.name()), &format!("{what} by an administrator"));
+        self.review();
+        Ok(())
+    }
+
+    /// The session with the peer, if there is one.
+    #[must_use]
+    pub fn session(&self) -> Option<Session> {
+        match &*self.side() {
+            Side::Apart => None,
+            Side::Outgoing(outgoing) => Some(outgoing.session().clone()),
+            Side::Incoming(incoming) => Some(incoming.session().clone()),
+        }
+    }
+
+    fn refuse(&self, code: RefuseCode, text: String) -> Message {
+        let epochs = (code == RefuseCode::Fenced).then(|| self.store.epochs());
+        Message::Refuse(srn_core::wire::Refuse { group: self.id, code, text, epochs })
+    }
+
+    /// There is a session with the peer.
+    pub async fn session_up(self: &Arc<Self>, session: &Session) {
+        if self.settings().paused || self.role() == Role::Secondary {
+            return;
+        }
+        let for_good = self.fence().is_some_and(|fence| fence.cause == Cause::FailoverAtPeer);
+        if for_good {
+            return;
+        }
+        if let Err(error) = self.offer(session).await {
+            log::debug!("group {}: offering: {error}", self.name());
+        }
+        self.review();
+    }
+
+    /// The peer said something about this group.
+    pub async fn on_message(self: &Arc<Self>, session: &Session, message: Message) {
+        match message {
+            Message::Accept(accept) => {
+                // Looking up a frame may take a while; acknowledgements must not wait for it.
+                let (this, session) = (self.clone(), session.clone());
+                tokio::spawn(async move { this.on_accept(&session, accept).await });
+            }
+            Message::Refuse(refuse) => self.on_refuse(session, refuse).await,
+            Message::Ack { seq, .. } => self.on_ack(session, seq),
+            Message::Credit { limit, .. } => self.on_credit(session, limit),
+            Message::Progress(progress) => self.on_progress(progress),
+            Message::Hindrance { text, .. } => self.on_hindrance(text),
+            Message::Drain { .. } => {
+                let (this, session) = (self.clone(), session.clone());
+                tokio::spawn(async move { this.on_drain(&session).await });
+            }
+            Message::Drained { last, .. } => self.on_drained(last),
+            Message::MarkRequest { id, .. } => {
+                let this = self.clone();
+                tokio::spawn(async move { this.on_mark_request(id).await });
+            }
+            Message::Note { id, label, .. } => self.on_note(id, label).await,
+            // The node deals with these.
+            Message::Hello(_) | Message::Offer(_) | Message::Goodbye { .. } => {}
+        }
+    }
+
+    async fn on_mark_request(&self, id: CheckpointId) {
+        if self.check_writable().is_err() {
+            return;
+        }
+        let mark = OwnedRecord::Mark(id, MarkKind::Manual);
+        if let Err(error) = self.append(vec![mark]).await {
+            log::warn!("group {}: a checkpoint asked for by the peer: {error}", self.name());
+        }
+    }
+
+    /// The session with the peer is gone.
+    pub fn session_down(&self, number: u64) {
+        let same = self.session().is_some_and(|session| session.number() == number);
+        if same {
+            self.end_stream();
+            *self.side() = Side::Apart;
+            self.review();
+        }
+    }
+
+    /// Ends whatever flows, keeping the session.
+    fn end_stream(&self) {
+        match &mut *self.side() {
+            Side::Apart => {}
+            Side::Outgoing(outgoing) => outgoing.end(),
+            Side::Incoming(incoming) => incoming.end(),
+        }
+    }
+
+    /// A source is not running (`Some`, with the reason) or is running again.
+    pub fn source_state(&self, disk: DiskNo, why: Option<String>) {
+        let mut facts = self.facts();
+        match why {
+            Some(why) => {
+                facts.sources.insert(disk.0, why);
+            }
+            None => {
+                facts.sources.remove(&disk.0);
+            }
+        }
+        drop(facts);
+        self.review();
+    }
+
+    /// How far a source's copy is; none when no copy is under way.
+    pub fn copy_progress(&self, disk: DiskNo, progress: Option<CopyProgress>) {
+        let mut facts = self.facts();
+        match progress {
+            Some(progress) => {
+                facts.progress.insert(disk.0, progress);
+            }
+            None => {
+                facts.progress.remove(&disk.0);
+            }
+        }
+    }
+
+    /// Content sent to the peer since the daemon was started, in bytes.
+    #[must_use]
+    pub fn content_sent(&self) -> u64 {
+        self.counters.content_sent.load(Ordering::Relaxed)
+    }
+
+    /// How full the log is, from 0 to 1: what the peer has not acknowledged against the cap.
+    #[must_use]
+    pub fn log_fill(&self) -> f64 {
+        let (_, cap) = self.store.log_bytes();
+        let needed = self.store.unacked_bytes();
+        if cap == 0 { 0.0 } else { needed as f64 / cap as f64 }
+    }
+
+    /// Once a second: checkpoints that are due, words to the peer, states.
+    pub async fn tick(&self) {
+        self.periodic_checkpoint().await;
+        self.tell_progress();
+        self.review();
+    }
+
+    async fn periodic_checkpoint(&self) {
+        let every = self.record().checkpoint_every_s;
+        let due = {
+            let facts = self.facts();
+            every > 0
+                && facts.last_checkpoint.is_none_or(|last| {
+                    u128::from(clock::mono().since(last)) >= Duration::from_secs(every).as_micros()
+                })
+        };
+        if !due || self.check_writable().is_err() || !self.catalog().is_clean() {
+            return;
+        }
+        if let Err(error) = self.checkpoint(MarkKind::Periodic, None).await {
+            log::warn!("group {}: a periodic checkpoint failed: {error}", self.name());
+        }
+    }
+
+    /// Stops everything of the group. Blocks until its threads have ended.
+    pub fn shut_down(&self) {
+        self.end_stream();
+        *self.side() = Side::Apart;
+        let _ = self.engine().stop("the node is stopping");
+        self.maintainer.stop();
+    }
+
+    /// Replaces the engine: the main line goes on in another appender.
+    fn replace_engine(self: &Arc<Self>, appender: Appender) -> Result<()> {
+        let watcher = Box::new(Watch { group: Arc::new(Arc::downgrade(self).into()) });
+        let engine = Engine::start(&self.name(), appender, watcher)
+            .map_err(|error| Failure::internal(format!("starting a thread: {error}")))?;
+        *self.engine.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(engine);
+        Ok(())
+    }
+
+    /// Ends the reign of the old primary: this node goes on from frame `seq` in a new epoch.
+    ///
+    /// # Errors
+    /// When the position is not kept, or the store fails.
+    pub async fn take_over(self: &Arc<Self>, seq: Seq) -> Result<Position> {
+        self.end_stream();
+        let this = self.clone();
+        let epoch = EpochId(clock::random());
+        let work = move || -> Result<Position> {
+            let _ = this.engine().stop("the group is failing over");
+            let result = this.store.fail_over(epoch, seq, clock::now());
+            match result {
+                Ok(appender) => {
+                    let head = appender.head();
+                    this.replace_engine(appender)?;
+                    Ok(head)
+                }
+                Err(error) => {
+                    // Go on as before: the main line is what it was.
+                    this.reopen_engine()?;
+                    Err(error.into())
+                }
+            }
+        };
+        let head = tokio::task::spawn_blocking(work)
+            .await
+            .map_err(|error| Failure::internal(format!("a task ended: {error}")))??;
+        *self.lag() = Lag::default();
+        let name = self.name();
+        self.context.event(
+            Level::Warning,
+            Some(&name),
+            &format!("failed over: this node is primary from frame {} on", head.seq),
+        );
+        // The old primary hears of it at once if it is there, else when it comes back.
+        if let Some(session) = self.session() {
+            let text = format!("group {name} was failed over to this node");
+            let _ = session.send(&self.refuse(RefuseCode::Fenced, text)).await;
+        }
+        self.review();
+        Ok(head)
+    }
+
+    fn reopen_engine(self: &Arc<Self>) -> Result<()> {
+        let appender = self.store.appender(clock::now())?;
+        self.replace_engine(appender)
+    }
+
+    /// Fences this primary, durably.
+    async fn fence_off(self: &Arc<Self>, fence: Fence) -> Result<()> {
+        let why = match fence.cause {
+            Cause::Handover => "drained for a planned failover",
+            _ => FENCED,
+        };
+        self.engine().close(why);
+        let store = self.store.clone();
+        let text = format!("fenced: {}", fence.cause);
+        self.blocking(move || store.set_fence(Some(fence))).await?;
+        self.context.event(Level::Alert, Some(&self.name()), &text);
+        self.changed.notify_waiters();
+        self.review();
+        Ok(())
+    }
+
+    /// The log is full: do what the group declared.
+    fn on_full(&self, why: Option<&str>) {
+        let name = self.name();
+        let policy = self.record().full_policy;
+        self.facts().full = why.map(str::to_owned);
+        if self.role() == Role::Secondary {
+            let text = match why {
+                Some(why) => format!("{why}: frames of the production node wait there"),
+                None => "there is room again".to_owned(),
+            };
+            let level = if why.is_some() { Level::Alert } else { Level::Info };
+            self.context.event(level, Some(&name), &text);
+            self.tell_hindrance();
+            return self.review();
+        }
+        match (why, policy) {
+            (None, _) => self.context.event(Level::Info, Some(&name), "the log has room again"),
+            (Some(why), FullPolicy::Throttle) => {
+                let text = format!("{why}: writes wait until the peer has taken some (throttle)");
+                self.context.event(Level::Alert, Some(&name), &text);
+            }
+            (Some(why), FullPolicy::Stop) => {
+                let text = format!("{why}: the mirror ends, the server goes on unprotected (stop)");
+                self.context.event(Level::Alert, Some(&name), &text);
+                self.facts().failure = Some((Cause::LogFull, why.to_owned()));
+                // Whoever waits is told now: the mirror ends with an error and its server goes on.
+                self.engine().close("the log is full and the policy is stop");
+            }
+        }
+        self.changed.notify_waiters();
+        self.review();
+    }
+
+    /// After a full log has ended protection: takes writes again if there is room now.
+    ///
+    /// # Errors
+    /// [`Kind::Refused`] while there is none.
+    pub fn try_again(&self) -> Result<()> {
+        let full = matches!(self.facts().failure, Some((Cause::LogFull, _)));
+        if !full {
+            return self.check_writable();
+        }
+        if self.log_fill() > 0.5 {
+            return Err(Failure::refused(format!(
+                "the log of group {} is still more than half full; it empties as the peer takes it",
+                self.name()
+            )));
+        }
+        self.facts().failure = None;
+        self.facts().full = None;
+        self.engine().reopen();
+        self.review();
+        self.check_writable()
+    }
+}
+
+/// What clients of a fenced group are told.
+const FENCED: &str = "fenced: the recovery node has taken over this group";
+
+fn options(context: &Context, record: &GroupRecord) -> Options {
+    let segment_bytes = context.config().segment_bytes;
+    Options {
+        segment_bytes,
+        cap_bytes: record.log_cap_bytes.max(3 * segment_bytes),
+        ..Options::default()
+    }
+}
+
+/// The group, once it is there.
+type GroupSlot = Arc<OnceLock<Weak<Group>>>;
+
+/// Hears from the engine's thread.
+struct Watch {
+    group: GroupSlot,
+}
+
+impl Watch {
+    fn group(&self) -> Option<Arc<Group>> {
+        self.group.get().and_then(Weak::upgrade)
+    }
+}
+
+impl Watcher for Watch {
+    fn committed(&self, head: Position, content_bytes: u64) {
+        let Some(group) = self.group() else { return };
+        group.counters.content_written.fetch_add(content_bytes, Ordering::Relaxed);
+        if group.record_has_peer() {
+            group.lag().committed(head.seq, content_bytes, clock::mono());
+        }
+        group.wake_outgoing(head.seq);
+        group.maintainer.progress(content_bytes);
+    }
+
+    fn full(&self, why: Option<&str>) {
+        if let Some(group) = self.group() {
+            group.maintainer.wake();
+            group.on_full(why);
+        }
+    }
+
+    fn received(&self, head: Position, wire_bytes: u64) {
+        let Some(group) = self.group() else { return };
+        group.frames_durable(head, wire_bytes);
+        group.maintainer.progress(wire_bytes);
+    }
+
+    fn failed(&self, error: &StoreError) {
+        let Some(group) = self.group() else { return };
+        let cause = match error {
+            StoreError::Corrupt(_) => Cause::Corrupt,
+            _ => Cause::DiskFailed,
+        };
+        group.facts().failure = Some((cause, error.to_string()));
+        log::error!("group {}: {error}", group.name());
+        group.changed.notify_waiters();
+        group.review();
+    }
+}
+
+impl Group {
+    fn record_has_peer(&self) -> bool {
+        self.record().peer.is_some()
+    }
+}

@@ -1,0 +1,591 @@
+//! The thread that owns the end of a line: it takes what waits, makes it durable in one commit, and
+//! answers.
+//!
+//! Group commit needs no timer: whatever arrives while one commit is being written goes into the
+//! next one. At low load a write is alone in its commit and waits for nothing; under load commits
+//! grow by themselves.
+//!
+//! Rules that the tests try to break:
+//! * an operation is answered only after its commit has returned;
+//! * operations of one client are appended in the order in which they were handed over;
+//! * operations of a client that is gone are dropped if they are not appended yet, and never run
+//!   later; [`Engine::settled`] tells a newcomer when that is certain.
+
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use srn_core::epoch::Position;
+use srn_nbd::proto::ErrorCode;
+use srn_nbd::server::{Reply, ReplyBatch};
+use srn_store::StoreError;
+use srn_store::frame::Frame;
+use srn_store::group::{Appender, Change, Committed};
+use tokio::sync::{Notify, oneshot, watch};
+
+use crate::clock;
+
+/// Content in one commit, in bytes. Larger commits gain nothing and make others wait.
+const COMMIT_BYTES_MAX: usize = 4 << 20;
+
+/// Operations in one commit.
+const COMMIT_OPS_MAX: usize = 4096;
+
+/// Frames from a peer in one commit.
+const COMMIT_FRAMES_MAX: usize = 64;
+
+/// After this time without work an empty frame tells that the last commit was durable.
+const IDLE: Duration = Duration::from_millis(50);
+
+/// A full log is tried again at least this often.
+const FULL_RETRY: Duration = Duration::from_millis(200);
+
+/// A connection whose operations die with it.
+#[derive(Debug, Default)]
+pub struct Client {
+    gone: AtomicBool,
+}
+
+impl Client {
+    /// The connection is gone: what it asked for and is not appended yet never will be.
+    pub fn leave(&self) {
+        self.gone.store(true, Ordering::SeqCst);
+    }
+
+    fn is_gone(&self) -> bool {
+        self.gone.load(Ordering::SeqCst)
+    }
+}
+
+/// Whom to tell.
+#[derive(Debug)]
+pub enum Done {
+    /// An NBD client.
+    Reply(Reply),
+    /// A task, which learns the position behind its changes.
+    Task(oneshot::Sender<Result<Position, Closed>>),
+}
+
+/// Changes that are answered together.
+#[derive(Debug)]
+pub struct Op {
+    /// Who asked, if it can go away.
+    pub client: Option<Arc<Client>>,
+    /// In order.
+    pub changes: Vec<Change>,
+    /// Content in bytes.
+    pub bytes: usize,
+    /// Whom to tell.
+    pub done: Done,
+}
+
+/// Why nothing is appended any more.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct Closed(pub String);
+
+/// What the engine tells its owner. Called from the engine's thread: it must not block.
+pub trait Watcher: Send + Sync {
+    /// A commit is durable.
+    fn committed(&self, head: Position, content_bytes: u64);
+    /// The log is full (`Some`, with the reason) or no longer so.
+    fn full(&self, why: Option<&str>);
+    /// Frames from the peer are durable: the newest, and how many bytes of the stream they were.
+    fn received(&self, head: Position, wire_bytes: u64);
+    /// The line has stopped for good.
+    fn failed(&self, error: &StoreError);
+}
+
+struct Queue {
+    ops: VecDeque<Op>,
+    ops_bytes: usize,
+    frames: VecDeque<(Arc<Frame>, u64)>,
+    /// Set when operations are refused.
+    closed: Option<Closed>,
+    /// The thread shall end and give back the appender.
+    stop: bool,
+    /// The segment being written shall be closed.
+    close_segment: Vec<oneshot::Sender<()>>,
+    /// The thread waits for work.
+    idle: bool,
+    /// There may be room in the log that there was not.
+    room: bool,
+    /// A commit is being written.
+    committing: bool,
+}
+
+struct Shared {
+    queue: Mutex<Queue>,
+    wake: Condvar,
+    /// The newest durable position.
+    head: watch::Sender<Position>,
+    /// Commits that have ended, and a signal for each.
+    commits: AtomicU64,
+    commit_ended: Notify,
+    watcher: Box<dyn Watcher>,
+}
+
+/// A running line.
+pub struct Engine {
+    shared: Arc<Shared>,
+    thread: Mutex<Option<std::thread::JoinHandle<Appender>>>,
+}
+
+impl std::fmt::Debug for Engine {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Engine(head {})", *self.shared.head.borrow())
+    }
+}
+
+impl Engine {
+    /// Starts the thread.
+    ///
+    /// # Errors
+    /// When the system gives no thread.
+    pub fn start(
+        name: &str,
+        appender: Appender,
+        watcher: Box<dyn Watcher>,
+    ) -> std::io::Result<Self> {
+        let shared = Arc::new(Shared {
+            queue: Mutex::new(Queue {
+                ops: VecDeque::new(),
+                ops_bytes: 0,
+                frames: VecDeque::new(),
+                closed: None,
+                stop: false,
+                close_segment: Vec::new(),
+                idle: false,
+                room: false,
+                committing: false,
+            }),
+            wake: Condvar::new(),
+            head: watch::Sender::new(appender.head()),
+            commits: AtomicU64::new(0),
+            commit_ended: Notify::new(),
+            watcher,
+        });
+        let of_thread = shared.clone();
+        let thread = std::thread::Builder::new().name(format!("log-{name}")).spawn(move || {
+            Worker { shared: of_thread, appender, replies: ReplyBatch::new() }.run()
+        })?;
+        Ok(Self { shared, thread: Mutex::new(Some(thread)) })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Queue> {
+        self.shared.lock()
+    }
+
+    /// Hands over an operation.
+    pub fn submit(&self, op: Op) {
+        let mut queue = self.lock();
+        if let Some(closed) = queue.closed.clone() {
+            drop(queue);
+            return refuse(op.done, &closed);
+        }
+        queue.ops_bytes += op.bytes;
+        queue.ops.push_back(op);
+        self.shared.wake_if_idle(queue);
+    }
+
+    /// Appends changes and waits until they are durable.
+    ///
+    /// # Errors
+    /// [`Closed`] when nothing is appended any more.
+    pub async fn append(&self, changes: Vec<Change>) -> Result<Position, Closed> {
+        let (done, told) = oneshot::channel();
+        self.submit(Op { client: None, changes, bytes: 0, done: Done::Task(done) });
+        told.await.unwrap_or_else(|_| Err(Closed("the log was closed".into())))
+    }
+
+    /// Hands over a frame from the peer, and its size on the wire in bytes.
+    pub fn take_frame(&self, frame: Arc<Frame>, wire_bytes: u64) {
+        let mut queue = self.lock();
+        if queue.closed.is_none() {
+            queue.frames.push_back((frame, wire_bytes));
+            self.shared.wake_if_idle(queue);
+        }
+    }
+
+    /// Drops the peer's frames that are not appended yet: they will come again.
+    pub async fn drop_frames(&self) {
+        self.lock().frames.clear();
+        self.settled().await;
+    }
+
+    /// Refuses operations from now on; those that wait are refused too.
+    pub fn close(&self, why: &str) {
+        let closed = Closed(why.to_owned());
+        let waiting = {
+            let mut queue = self.lock();
+            queue.closed = Some(closed.clone());
+            queue.frames.clear();
+            queue.ops_bytes = 0;
+            let waiting = std::mem::take(&mut queue.ops);
+            self.shared.wake.notify_one();
+            waiting
+        };
+        waiting.into_iter().for_each(|op| refuse(op.done, &closed));
+    }
+
+    /// Refuses nothing any more.
+    pub fn reopen(&self) {
+        self.lock().closed = None;
+    }
+
+    /// Why operations are refused.
+    #[must_use]
+    pub fn closed(&self) -> Option<String> {
+        self.lock().closed.as_ref().map(|closed| closed.0.clone())
+    }
+
+    /// Bytes of content that wait.
+    #[must_use]
+    pub fn waiting_bytes(&self) -> usize {
+        self.lock().ops_bytes
+    }
+
+    /// The newest durable position, as it moves.
+    #[must_use]
+    pub fn head(&self) -> watch::Receiver<Position> {
+        self.shared.head.subscribe()
+    }
+
+    /// There may be room in the log again.
+    pub fn room(&self) {
+        let mut queue = self.lock();
+        queue.room = true;
+        self.shared.wake_if_idle(queue);
+    }
+
+    /// Returns when no operation of a client that left before can be appended any more.
+    pub async fn settled(&self) {
+        // What still waits of gone clients goes now; the rest is in the commit under way, if any.
+        let ended = self.shared.commit_ended.notified();
+        tokio::pin!(ended);
+        ended.as_mut().enable();
+        let busy = {
+            let mut queue = self.lock();
+            queue.drop_gone();
+            queue.committing
+        };
+        if busy {
+            ended.await;
+        }
+    }
+
+    /// Closes the segment being written, so that a clone can begin at the head.
+    pub async fn close_segment(&self) {
+        let (done, told) = oneshot::channel();
+        {
+            let mut queue = self.lock();
+            queue.close_segment.push(done);
+            self.shared.wake.notify_one();
+        }
+        let _ = told.await;
+    }
+
+    /// Ends the thread after the commit under way and gives back the appender. Whoever waits is
+    /// refused. Blocks: not for async code.
+    pub fn stop(&self, why: &str) -> Option<Appender> {
+        self.close(why);
+        self.lock().stop = true;
+        self.shared.wake.notify_one();
+        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
+        thread.and_then(|thread| thread.join().ok())
+    }
+}
+
+impl Drop for Engine {
+    fn drop(&mut self) {
+        let _ = self.stop("the group is closed");
+    }
+}
+
+fn refuse(done: Done, closed: &Closed) {
+    match done {
+        Done::Reply(reply) => reply.error(ErrorCode::ShuttingDown, &closed.0),
+        Done::Task(task) => {
+            let _ = task.send(Err(closed.clone()));
+        }
+    }
+}
+
+impl Queue {
+    fn drop_gone(&mut self) {
+        let before = self.ops.len();
+        self.ops.retain(|op| !op.client.as_ref().is_some_and(|client| client.is_gone()));
+        if self.ops.len() != before {
+            self.ops_bytes = self.ops.iter().map(|op| op.bytes).sum();
+        }
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, Queue> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn wake_if_idle(&self, queue: MutexGuard<'_, Queue>) {
+        let idle = queue.idle;
+        drop(queue);
+        if idle {
+            self.wake.notify_one();
+        }
+    }
+}
+
+struct Worker {
+    shared: Arc<Shared>,
+    appender: Appender,
+    replies: ReplyBatch,
+}
+
+/// What to do next.
+enum Work {
+    Ops(Vec<Op>),
+    Frames(Vec<(Arc<Frame>, u64)>),
+    CloseSegment(Vec<oneshot::Sender<()>>),
+    /// Nothing for a while.
+    Idle,
+    Stop,
+}
+
+impl Worker {
+    fn run(mut self) -> Appender {
+        // Whether the last commit is not yet known to be durable by anything in the log.
+        let mut unproven = false;
+        let mut full = false;
+        loop {
+            match self.next_work(unproven, full) {
+                Work::Ops(ops) => {
+                    full = self.commit_ops(ops, full);
+                    unproven = true;
+                }
+                Work::Frames(frames) => full = self.commit_frames(frames, full),
+                Work::CloseSegment(asked) => {
+                    self.appender.close_segment();
+                    for done in asked {
+                        let _ = done.send(());
+                    }
+                }
+                Work::Idle => {
+                    unproven = false;
+                    if !full && self.shared.lock().closed.is_none() {
+                        self.prove();
+                    }
+                }
+                Work::Stop => return self.appender,
+            }
+        }
+    }
+
+    /// Waits for work. When the log is `full`, room is waited for as well.
+    fn next_work(&self, unproven: bool, full: bool) -> Work {
+        let mut queue = self.shared.lock();
+        let mut wait_for_room = full;
+        queue.room = false;
+        let began = Instant::now();
+        loop {
+            if queue.stop {
+                return Work::Stop;
+            }
+            if !queue.close_segment.is_empty() {
+                return Work::CloseSegment(std::mem::take(&mut queue.close_segment));
+            }
+            queue.drop_gone();
+            if !wait_for_room {
+                if !queue.ops.is_empty() {
+                    queue.committing = true;
+                    return Work::Ops(take_ops(&mut queue));
+                }
+                if !queue.frames.is_empty() {
+                    queue.committing = true;
+                    let count = queue.frames.len().min(COMMIT_FRAMES_MAX);
+                    return Work::Frames(queue.frames.drain(..count).collect());
+                }
+            }
+            let patience = match (wait_for_room, unproven) {
+                (true, _) => Some(FULL_RETRY),
+                (false, true) => Some(IDLE.saturating_sub(began.elapsed())),
+                (false, false) => None,
+            };
+            queue.idle = true;
+            let mut timed_out = false;
+            queue = match patience {
+                None => self.shared.wake.wait(queue).unwrap_or_else(PoisonError::into_inner),
+                Some(patience) => {
+                    let waited = self.shared.wake.wait_timeout(queue, patience);
+                    let (queue, timeout) = waited.unwrap_or_else(PoisonError::into_inner);
+                    timed_out = timeout.timed_out();
+                    queue
+                }
+            };
+            queue.idle = false;
+            if wait_for_room {
+                // Newcomers do not make room.
+                wait_for_room = !timed_out && !queue.room;
+            } else if timed_out && unproven {
+                return Work::Idle;
+            }
+        }
+    }
+
+    fn commit_ops(&mut self, ops: Vec<Op>, was_full: bool) -> bool {
+        let mut changes = Vec::with_capacity(ops.len());
+        let mut waiting = Vec::with_capacity(ops.len());
+        let mut content = 0u64;
+        for op in ops {
+            content += op.bytes as u64;
+            changes.extend(op.changes);
+            waiting.push((changes.len(), op.client, op.bytes, op.done));
+        }
+        let result = self.appender.commit(&changes, clock::now());
+        let (done, why) = match result {
+            Ok(Committed { changes, full, .. }) => (changes, full),
+            Err(StoreError::Full(why)) => (0, Some(why)),
+            Err(error) => {
+                self.fail(&error, waiting.into_iter().map(|(.., done)| done));
+                return false;
+            }
+        };
+        let head = self.appender.head();
+        let mut left = VecDeque::new();
+        let mut from = 0;
+        for (end, client, bytes, answer) in waiting {
+            if end <= done {
+                match answer {
+                    Done::Reply(reply) => self.replies.ok(reply),
+                    Done::Task(task) => {
+                        let _ = task.send(Ok(head));
+                    }
+                }
+            } else {
+                let rest = changes.get(from.max(done)..end).unwrap_or_default().to_vec();
+                left.push_back(Op { client, changes: rest, bytes, done: answer });
+            }
+            from = end;
+        }
+        // Whoever waits is told first; the rest can come a moment later.
+        self.replies.send();
+        if done > 0 {
+            self.shared.head.send_replace(head);
+            self.shared.watcher.committed(head, content);
+        }
+        self.commit_over(left, VecDeque::new());
+        self.tell_full(why.as_deref(), was_full)
+    }
+
+    fn commit_frames(&mut self, frames: Vec<(Arc<Frame>, u64)>, was_full: bool) -> bool {
+        let only: Vec<Arc<Frame>> = frames.iter().map(|(frame, _)| frame.clone()).collect();
+        let (done, why) = match self.appender.commit_frames(&only) {
+            Ok(Committed { frames, full, .. }) => (frames, full),
+            Err(StoreError::Full(why)) => (0, Some(why)),
+            Err(error @ StoreError::NotNext { .. }) => {
+                // Frames of a stream that was given up: the next one begins where it has to.
+                log::debug!("dropping frames: {error}");
+                self.commit_over(VecDeque::new(), VecDeque::new());
+                return was_full;
+            }
+            Err(error) => {
+                self.fail(&error, std::iter::empty());
+                return false;
+            }
+        };
+        let head = self.appender.head();
+        let mut left: VecDeque<_> = frames.into();
+        let bytes = left.drain(..done).map(|(_, bytes)| bytes).sum();
+        if done > 0 {
+            self.shared.head.send_replace(head);
+            self.shared.watcher.received(head, bytes);
+        }
+        self.commit_over(VecDeque::new(), left);
+        self.tell_full(why.as_deref(), was_full)
+    }
+
+    /// Says in the log that everything before was durable.
+    fn prove(&mut self) {
+        self.shared.lock().committing = true;
+        let result = self.appender.commit(&[], clock::now());
+        match result {
+            Ok(done) => {
+                self.shared.head.send_replace(done.head);
+                self.shared.watcher.committed(done.head, 0);
+                self.commit_over(VecDeque::new(), VecDeque::new());
+            }
+            Err(StoreError::Full(_)) => self.commit_over(VecDeque::new(), VecDeque::new()),
+            Err(error) => self.fail(&error, std::iter::empty()),
+        }
+    }
+
+    /// Puts back what found no room, in front, and tells who waits for the commit to end.
+    fn commit_over(&self, ops: VecDeque<Op>, frames: VecDeque<(Arc<Frame>, u64)>) {
+        let refused = {
+            let mut queue = self.shared.lock();
+            queue.committing = false;
+            for frame in frames.into_iter().rev() {
+                queue.frames.push_front(frame);
+            }
+            match queue.closed.clone() {
+                // Closed meanwhile: nobody will come back for them.
+                Some(closed) => Some((ops, closed)),
+                None => {
+                    for op in ops.into_iter().rev() {
+                        queue.ops_bytes += op.bytes;
+                        queue.ops.push_front(op);
+                    }
+                    None
+                }
+            }
+        };
+        if let Some((ops, closed)) = refused {
+            ops.into_iter().for_each(|op| refuse(op.done, &closed));
+        }
+        self.shared.commits.fetch_add(1, Ordering::Relaxed);
+        self.shared.commit_ended.notify_waiters();
+    }
+
+    fn tell_full(&self, why: Option<&str>, was_full: bool) -> bool {
+        if why.is_some() != was_full {
+            self.shared.watcher.full(why);
+        }
+        why.is_some()
+    }
+
+    fn fail(&self, error: &StoreError, waiting: impl Iterator<Item = Done>) {
+        let closed = Closed(error.to_string());
+        let queued = {
+            let mut queue = self.shared.lock();
+            queue.closed = Some(closed.clone());
+            queue.frames.clear();
+            queue.ops_bytes = 0;
+            std::mem::take(&mut queue.ops)
+        };
+        for done in waiting.chain(queued.into_iter().map(|op| op.done)) {
+            match done {
+                Done::Reply(reply) => reply.error(ErrorCode::Io, &closed.0),
+                Done::Task(task) => {
+                    let _ = task.send(Err(closed.clone()));
+                }
+            }
+        }
+        self.commit_over(VecDeque::new(), VecDeque::new());
+        self.shared.watcher.failed(error);
+    }
+}
+
+fn take_ops(queue: &mut Queue) -> Vec<Op> {
+    let mut taken = Vec::new();
+    let mut bytes = 0;
+    while let Some(op) = queue.ops.front() {
+        let over = bytes + op.bytes > COMMIT_BYTES_MAX || taken.len() >= COMMIT_OPS_MAX;
+        if over && !taken.is_empty() {
+            break;
+        }
+        bytes += op.bytes;
+        queue.ops_bytes -= op.bytes.min(queue.ops_bytes);
+        taken.extend(queue.ops.pop_front());
+    }
+    taken
+}

@@ -1,0 +1,355 @@
+//! The secondary's side of the link for one group: drives the receiver machine, takes in frames.
+
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use bytes::Bytes;
+use srn_core::epoch::Position;
+use srn_core::ids::{CheckpointId, Seq};
+use srn_core::receiver::{Answer, Receiver};
+use srn_core::time::Mono;
+use srn_core::wire::{Accept, Message, Offer, Progress, RefuseCode, StreamHeader};
+use srn_link::{FrameReader, LinkError, Session};
+use srn_store::codec::Codecs;
+use srn_store::frame::Frame;
+use srn_store::manifest::{Note, Role};
+use tokio::sync::Notify;
+use tokio_util::task::AbortOnDropHandle;
+
+use super::{Group, Side};
+use crate::clock;
+use crate::fleet::Level;
+
+/// Frames of one group that may be on their way or waiting to be durable, in bytes. All groups of
+/// a node share [`WINDOWS_BYTES`].
+const WINDOW_BYTES_MAX: u64 = 16 << 20;
+
+/// The same for all groups of a node together.
+const WINDOWS_BYTES: u64 = 64 << 20;
+
+/// Less would make a group crawl: a few of the largest frames.
+const WINDOW_BYTES_MIN: u64 = 1 << 20;
+
+/// The secondary's side of one session.
+#[derive(Debug)]
+pub(super) struct Incoming {
+    session: Session,
+    receiver: Arc<Mutex<Receiver>>,
+    to_say: Arc<ToSay>,
+    reader: Option<AbortOnDropHandle<()>>,
+    _acker: AbortOnDropHandle<()>,
+    /// What the primary said last, and when.
+    progress: Option<(Progress, Mono)>,
+    /// The last frame of a primary that was drained.
+    drained: Option<Position>,
+}
+
+/// What the primary has to be told. Newer words replace older ones.
+#[derive(Debug, Default)]
+struct ToSay {
+    words: Mutex<(Option<Seq>, Option<u64>)>,
+    wake: Notify,
+}
+
+impl Incoming {
+    pub(super) const fn session(&self) -> &Session {
+        &self.session
+    }
+
+    pub(super) fn end(&mut self) {
+        self.reader = None;
+        lock(&self.receiver).on_link_down();
+    }
+
+    /// What the primary said last, and when.
+    pub(super) const fn progress(&self) -> Option<&(Progress, Mono)> {
+        self.progress.as_ref()
+    }
+
+    /// Whether frames can flow.
+    pub(super) fn is_streaming(&self) -> bool {
+        lock(&self.receiver).is_streaming()
+    }
+
+    /// The last frame of a primary that was drained.
+    pub(super) const fn drained(&self) -> Option<Position> {
+        self.drained
+    }
+}
+
+fn lock(receiver: &Mutex<Receiver>) -> MutexGuard<'_, Receiver> {
+    receiver.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Group {
+    /// The peer offers to go on with this group as primary.
+    pub async fn on_offer(self: &Arc<Self>, session: &Session, offer: Offer, groups: usize) {
+        if let Some((code, text)) = self.objection() {
+            let _ = session.send(&self.refuse(code, text)).await;
+            return;
+        }
+        // Frames of an earlier stream must be durable or dropped before this is judged.
+        self.end_stream();
+        self.engine().drop_frames().await;
+        let mut receiver = Receiver::new(self.id, self.store.epochs(), self.store.head());
+        let window =
+            (WINDOWS_BYTES / groups.max(1) as u64).clamp(WINDOW_BYTES_MIN, WINDOW_BYTES_MAX);
+        let answer = receiver.on_offer(&offer, window);
+        let to_say: Arc<ToSay> = Arc::default();
+        let acker = self.context.link().spawn(say(self.clone(), session.clone(), to_say.clone()));
+        *self.side() = Side::Incoming(Incoming {
+            session: session.clone(),
+            receiver: Arc::new(Mutex::new(receiver)),
+            to_say,
+            reader: None,
+            _acker: AbortOnDropHandle::new(acker),
+            progress: None,
+            drained: None,
+        });
+        let message = match answer {
+            Answer::Accept { position, credit } => {
+                log::info!(
+                    "group {}: receiving from frame {} on",
+                    self.name(),
+                    position.seq.next()
+                );
+                Message::Accept(Accept { group: self.id, nonce: offer.nonce, position, credit })
+            }
+            Answer::Refuse(code) => {
+                let text = match code {
+                    RefuseCode::TooFarBehind => format!(
+                        "the recovery node is at frame {}, the log of the production node begins \
+                         at {}",
+                        self.store.head().seq,
+                        offer.oldest
+                    ),
+                    _ => format!(
+                        "the recovery node is at {}, which is not part of the history of the \
+                         production node",
+                        self.store.head()
+                    ),
+                };
+                self.context.event(Level::Alert, Some(&self.name()), &text);
+                self.refuse(code, text)
+            }
+        };
+        let _ = session.send(&message).await;
+        if let Some(text) = self.hindrance() {
+            let _ = session.send(&Message::Hindrance { group: self.id, text }).await;
+        }
+        self.review();
+    }
+
+    /// Why no offer can be taken now.
+    fn objection(&self) -> Option<(RefuseCode, String)> {
+        let name = self.name();
+        if self.role() == Role::Primary {
+            return Some((
+                RefuseCode::Fenced,
+                format!("group {name} was failed over: the recovery node is primary now"),
+            ));
+        }
+        if self.settings().paused {
+            return Some((
+                RefuseCode::Paused,
+                format!("group {name} is paused at the recovery node; resume it there"),
+            ));
+        }
+        let facts = self.facts();
+        facts.failure.as_ref().map(|(_, text)| {
+            let text = format!("the recovery node cannot store group {name}: {text}");
+            (RefuseCode::Storage, text)
+        })
+    }
+
+    /// What keeps this secondary from taking frames, in words.
+    fn hindrance(&self) -> Option<String> {
+        self.facts().full.as_ref().map(|why| format!("the recovery node is full: {why}"))
+    }
+
+    /// Tells the primary that something hinders this node, or no longer does.
+    pub(super) fn tell_hindrance(&self) {
+        let text = self.hindrance().unwrap_or_default();
+        if let Side::Incoming(incoming) = &*self.side() {
+            let _ = incoming.session.try_send(&Message::Hindrance { group: self.id, text });
+        }
+    }
+
+    /// The primary begins to send frames.
+    pub fn on_frames(
+        self: &Arc<Self>,
+        session: &Session,
+        header: &StreamHeader,
+        reader: FrameReader,
+    ) {
+        let mut side = self.side();
+        let Side::Incoming(incoming) = &mut *side else { return };
+        if incoming.session.number() != session.number() {
+            return;
+        }
+        let begun = lock(&incoming.receiver).on_stream(header.nonce, header.first);
+        if let Err(fault) = begun {
+            // A stream of an offer that was overtaken by a newer one is no fault.
+            return log::debug!("group {}: {fault}", self.name());
+        }
+        let task = TakeIn {
+            group: self.clone(),
+            session: session.clone(),
+            receiver: incoming.receiver.clone(),
+        };
+        let task = self.context.link().spawn(task.run(reader));
+        incoming.reader = Some(AbortOnDropHandle::new(task));
+        drop(side);
+        self.review();
+    }
+
+    /// Frames are durable here: say so, and grant more.
+    pub(super) fn frames_durable(&self, head: Position, wire_bytes: u64) {
+        let side = self.side();
+        let Side::Incoming(incoming) = &*side else { return };
+        let durable = lock(&incoming.receiver).on_durable(head, wire_bytes);
+        let mut words = incoming.to_say.words.lock().unwrap_or_else(PoisonError::into_inner);
+        words.0 = durable.ack.or(words.0);
+        words.1 = durable.credit.or(words.1);
+        drop(words);
+        incoming.to_say.wake.notify_one();
+    }
+
+    /// The primary says how far it is.
+    pub(super) fn on_progress(&self, progress: Progress) {
+        if let Side::Incoming(incoming) = &mut *self.side() {
+            incoming.progress = Some((progress, clock::mono()));
+        }
+    }
+
+    /// The primary takes no more writes; this is its last frame.
+    pub(super) fn on_drained(&self, last: Position) {
+        if let Side::Incoming(incoming) = &mut *self.side() {
+            incoming.drained = Some(last);
+        }
+        self.changed.notify_waiters();
+    }
+
+    /// The primary labels a checkpoint.
+    pub(super) async fn on_note(&self, id: CheckpointId, label: String) {
+        let known =
+            self.store.notes().iter().any(|(known, note)| *known == id && note.label == label);
+        if known || self.role() != Role::Secondary {
+            return;
+        }
+        let store = self.store.clone();
+        let note = Note { label, pinned: false };
+        if let Err(error) = self.blocking(move || store.set_note(id, note)).await {
+            log::warn!("group {}: keeping a checkpoint's label: {error}", self.name());
+        }
+    }
+
+    /// Asks the primary to drain, and waits until everything it has is durable here.
+    ///
+    /// # Errors
+    /// When it does not answer in time.
+    pub async fn drain_primary(
+        self: &Arc<Self>,
+        patience: std::time::Duration,
+    ) -> crate::error::Result<Position> {
+        let name = self.name();
+        let session = self.session().ok_or_else(|| {
+            crate::error::Failure::unreachable(format!(
+                "the production node of group {name} is not connected"
+            ))
+        })?;
+        if let Side::Incoming(incoming) = &mut *self.side() {
+            incoming.drained = None;
+        }
+        session.send(&Message::Drain { group: self.id }).await?;
+        let drained = async {
+            loop {
+                let changed = self.changed.notified();
+                tokio::pin!(changed);
+                changed.as_mut().enable();
+                let last = match &*self.side() {
+                    Side::Incoming(incoming) => incoming.drained(),
+                    _ => None,
+                };
+                if let Some(last) = last
+                    && self.store.head().seq >= last.seq
+                {
+                    return last;
+                }
+                let _ = tokio::time::timeout(std::time::Duration::from_millis(100), changed).await;
+            }
+        };
+        tokio::time::timeout(patience, drained).await.map_err(|_| {
+            crate::error::Failure::unreachable(format!(
+                "the production node of group {name} did not drain within {}",
+                humantime::format_duration(patience)
+            ))
+        })
+    }
+}
+
+/// Tells the primary what became durable.
+async fn say(group: Arc<Group>, session: Session, to_say: Arc<ToSay>) {
+    let id = group.id;
+    drop(group);
+    loop {
+        to_say.wake.notified().await;
+        let (ack, credit) = {
+            let mut words = to_say.words.lock().unwrap_or_else(PoisonError::into_inner);
+            std::mem::take(&mut *words)
+        };
+        if let Some(seq) = ack
+            && session.send(&Message::Ack { group: id, seq }).await.is_err()
+        {
+            return;
+        }
+        if let Some(limit) = credit
+            && session.send(&Message::Credit { group: id, limit }).await.is_err()
+        {
+            return;
+        }
+    }
+}
+
+/// Takes in frames of one stream.
+struct TakeIn {
+    group: Arc<Group>,
+    session: Session,
+    receiver: Arc<Mutex<Receiver>>,
+}
+
+impl TakeIn {
+    async fn run(self, reader: FrameReader) {
+        match self.take_in(reader).await {
+            Ok(()) => {}
+            Err(LinkError::Misbehaved(why)) => {
+                let text = format!("what the production node sends is not sound: {why}");
+                self.group.context.event(Level::Alert, Some(&self.group.name()), &text);
+                self.session.misbehaved(&why);
+            }
+            // The session's end is told by the session.
+            Err(error) => log::debug!("group {}: receiving: {error}", self.group.name()),
+        }
+    }
+
+    async fn take_in(&self, mut reader: FrameReader) -> Result<(), LinkError> {
+        let pool = self.group.context.store().pool.clone();
+        let mut codecs = Codecs::new();
+        let misbehaved = |error: &dyn std::fmt::Display| LinkError::Misbehaved(error.to_string());
+        while let Some(frame) = reader.next(|len| pool.take(len)).await? {
+            let wire = frame.wire_len;
+            let content = Bytes::from_owner(frame.content);
+            let frame = Frame::from_copy(&frame.fixed, frame.front, content)
+                .map_err(|error| misbehaved(&error))?;
+            // Nothing is acknowledged that was not verified, byte by byte.
+            frame.verify(&mut codecs).map_err(|error| misbehaved(&error))?;
+            let hash = frame.position().hash;
+            lock(&self.receiver)
+                .on_frame(frame.header(), hash, wire)
+                .map_err(|fault| misbehaved(&fault))?;
+            self.group.counters.wire_received.fetch_add(wire, Ordering::Relaxed);
+            self.group.engine().take_frame(Arc::new(frame), wire);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,185 @@
+//! The thread that does a group's work behind the engine: sealing, trimming, retiring, merging.
+
+use std::sync::{Arc, Condvar, Mutex, PoisonError, Weak};
+use std::time::Duration;
+
+use srn_core::ids::Seq;
+use srn_store::StoreError;
+use srn_store::group::{Group as Store, Retention, Worked};
+use srn_store::manifest::{Keep, Role};
+
+use super::{Group, GroupSlot};
+
+/// Work is looked for at least this often.
+const EVERY: Duration = Duration::from_secs(2);
+
+/// Content after which work is looked for at once, in bytes: a part of a segment.
+const WAKE_BYTES: u64 = 8 << 20;
+
+/// After a failure the next try waits this long.
+const AFTER_FAILURE: Duration = Duration::from_secs(30);
+
+/// Priority given up by the thread: what it does, nobody waits for.
+const NICE: i32 = 5;
+
+#[derive(Debug, Default)]
+struct Signal {
+    bytes: u64,
+    wake: bool,
+    stop: bool,
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    signal: Mutex<Signal>,
+    condition: Condvar,
+}
+
+/// A handle to the thread.
+#[derive(Debug)]
+pub(super) struct Maintainer {
+    shared: Arc<Shared>,
+    thread: Mutex<Option<std::thread::JoinHandle<()>>>,
+}
+
+impl Maintainer {
+    pub(super) fn start(name: &str, store: Arc<Store>, group: GroupSlot) -> std::io::Result<Self> {
+        let shared = Arc::new(Shared::default());
+        let of_thread = shared.clone();
+        let thread = std::thread::Builder::new().name(format!("keep-{name}")).spawn(move || {
+            crate::supervise::yield_priority(NICE);
+            run(&of_thread, &store, &group);
+        })?;
+        Ok(Self { shared, thread: Mutex::new(Some(thread)) })
+    }
+
+    /// Looks for work now.
+    pub(super) fn wake(&self) {
+        self.with(|signal| signal.wake = true);
+    }
+
+    /// So many bytes went into the log.
+    pub(super) fn progress(&self, bytes: u64) {
+        let mut signal = self.shared.signal.lock().unwrap_or_else(PoisonError::into_inner);
+        signal.bytes += bytes;
+        if signal.bytes >= WAKE_BYTES {
+            self.shared.condition.notify_one();
+        }
+    }
+
+    /// Ends the thread, after the step under way.
+    pub(super) fn stop(&self) {
+        self.with(|signal| signal.stop = true);
+        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
+        // Not from its own thread: the last holder of a group may be there.
+        if let Some(thread) = thread
+            && thread.thread().id() != std::thread::current().id()
+        {
+            let _ = thread.join();
+        }
+    }
+
+    fn with(&self, change: impl FnOnce(&mut Signal)) {
+        change(&mut self.shared.signal.lock().unwrap_or_else(PoisonError::into_inner));
+        self.shared.condition.notify_one();
+    }
+}
+
+impl Drop for Maintainer {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+fn run(shared: &Shared, store: &Arc<Store>, group: &GroupSlot) {
+    let mut told_full = false;
+    loop {
+        let pause = match work(shared, store, group, &mut told_full) {
+            Ok(()) => EVERY,
+            Err(()) => AFTER_FAILURE,
+        };
+        let signal = shared.signal.lock().unwrap_or_else(PoisonError::into_inner);
+        let ready = |signal: &mut Signal| {
+            !(signal.stop || signal.wake || (signal.bytes >= WAKE_BYTES && pause == EVERY))
+        };
+        let waited = shared.condition.wait_timeout_while(signal, pause, ready);
+        let (mut signal, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        if signal.stop {
+            return;
+        }
+        signal.wake = false;
+        signal.bytes = 0;
+    }
+}
+
+/// Works until there is nothing to do.
+fn work(
+    shared: &Shared,
+    store: &Arc<Store>,
+    group: &GroupSlot,
+    told_full: &mut bool,
+) -> Result<(), ()> {
+    loop {
+        let (retention, name) = match group.get().and_then(Weak::upgrade) {
+            Some(group) => (retention(&group), group.name()),
+            // Not there yet, or not any more.
+            None => return Ok(()),
+        };
+        match store.maintain(retention) {
+            Ok(worked) => {
+                if let Some(group) = group.get().and_then(Weak::upgrade) {
+                    if *told_full {
+                        log::info!("group {name}: there is room for the log again");
+                        *told_full = false;
+                    }
+                    group.engine().room();
+                }
+                if worked == Worked::Nothing {
+                    return Ok(());
+                }
+            }
+            Err(StoreError::Full(why)) => {
+                if !*told_full {
+                    log::info!("group {name}: no room for the next log segment: {why}");
+                    *told_full = true;
+                }
+                return Ok(());
+            }
+            Err(error) => {
+                // On a failed volume the engine has said so, loudly.
+                if store.failure().is_none() {
+                    log::error!("group {name}: maintenance: {error}");
+                }
+                return Err(());
+            }
+        }
+        if shared.signal.lock().unwrap_or_else(PoisonError::into_inner).stop {
+            return Ok(());
+        }
+    }
+}
+
+/// What has to stay recoverable now.
+fn retention(group: &Group) -> Retention {
+    let store = group.store();
+    let catalog = store.catalog();
+    if store.keep() == Keep::Cache {
+        return Retention { keep_from: Seq::ZERO };
+    }
+    if !catalog.is_clean() && catalog.last_clean.is_none() {
+        // There is no point to recover to yet: everything can go to the base.
+        return unsent(group, Seq(u64::MAX));
+    }
+    let history_us = group.settings().history_s.saturating_mul(1_000_000);
+    let oldest = catalog.log_time.0.saturating_sub(history_us);
+    unsent(group, store.seq_before(oldest))
+}
+
+/// A primary keeps what its peer has not got.
+fn unsent(group: &Group, keep_from: Seq) -> Retention {
+    let acked = group.store().acked();
+    let sends = group.role() == Role::Primary
+        && group.peer().is_some()
+        && group.store().epochs().list().len() == 1;
+    Retention { keep_from: if sends { keep_from.min(acked) } else { keep_from } }
+}

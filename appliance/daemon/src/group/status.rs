@@ -1,0 +1,395 @@
+//! What people are told about a group: its state, why, and what would be lost now.
+
+use serde::{Deserialize, Serialize};
+use srn_core::ids::{DiskNo, Seq};
+use srn_core::limits::SECTOR;
+use srn_core::state::{Cause, Content, Facts as StateFacts, Link, State, decide};
+use srn_store::group::Checkpoint;
+use srn_store::manifest::{Keep, Role};
+use std::sync::atomic::Ordering;
+
+use super::{Group, Side};
+use crate::clock;
+use crate::fleet::{FullPolicy, Level, Source};
+
+/// A group as people see it.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct GroupStatus {
+    /// Its name.
+    pub name: String,
+    /// Its id.
+    pub id: String,
+    /// `primary` or `secondary`.
+    pub role: String,
+    /// `cache` or `replica`.
+    pub keep: String,
+    /// The peer's name.
+    pub peer: Option<String>,
+    /// The worst state of its disks.
+    pub state: String,
+    /// Why.
+    pub cause: String,
+    /// More about why, if there is more to say.
+    pub detail: Option<String>,
+    /// Whether everything is as it should be.
+    pub safe: bool,
+    /// Since when it is not, in RFC 3339.
+    pub unsafe_since: Option<String>,
+    /// Seconds that would be lost if production vanished now; none when nobody knows.
+    pub lag_seconds: Option<f64>,
+    /// Bytes that would be lost if production vanished now; none when nobody knows.
+    pub lag_bytes: Option<u64>,
+    /// When the lag was last known, if it is not known now, in RFC 3339.
+    pub lag_unknown_since: Option<String>,
+    /// The newest frame here.
+    pub head: u64,
+    /// Its wall time, in RFC 3339.
+    pub head_time: Option<String>,
+    /// The newest frame that the peer holds durably, at the primary.
+    pub acknowledged: Option<u64>,
+    /// The epoch.
+    pub epoch: String,
+    /// The disks.
+    pub disks: Vec<DiskStatus>,
+    /// The log.
+    pub log: LogStatus,
+    /// The link's counters.
+    pub link: LinkStatus,
+    /// What a full log does.
+    pub full_policy: FullPolicy,
+    /// Seconds between periodic checkpoints.
+    pub checkpoint_every_s: u64,
+    /// Seconds of history that stay recoverable.
+    pub history_s: u64,
+    /// Paused by a person.
+    pub paused: bool,
+}
+
+/// A disk as people see it.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct DiskStatus {
+    /// Its name.
+    pub name: String,
+    /// Its number in the group.
+    pub number: u32,
+    /// Its id.
+    pub id: String,
+    /// Its size in bytes.
+    pub size: u64,
+    /// Its state.
+    pub state: String,
+    /// Why.
+    pub cause: String,
+    /// More about why.
+    pub detail: Option<String>,
+    /// `served` or `mirror`; only at the primary.
+    pub source: Option<String>,
+    /// The export's name; only at the primary.
+    pub export: Option<String>,
+    /// A copy that is under way.
+    pub copy: Option<CopyStatus>,
+}
+
+/// A copy that is under way.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct CopyStatus {
+    /// Bytes done.
+    pub done: u64,
+    /// Bytes in all.
+    pub total: u64,
+    /// Bytes per second.
+    pub rate: u64,
+    /// Seconds left at that rate.
+    pub seconds_left: Option<u64>,
+}
+
+/// A group's log.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct LogStatus {
+    /// Bytes of its files.
+    pub bytes: u64,
+    /// The most they may take; none when there is no cap.
+    pub cap: Option<u64>,
+    /// Bytes that the peer has not acknowledged, in whole segments.
+    pub unacknowledged: u64,
+    /// The oldest frame kept.
+    pub oldest: u64,
+}
+
+/// Counters since the daemon was started.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct LinkStatus {
+    /// Content written by servers, in bytes.
+    pub content_written: u64,
+    /// Content sent, in bytes.
+    pub content_sent: u64,
+    /// Bytes of frames sent, as encoded for the link.
+    pub wire_sent: u64,
+    /// Bytes of frames received.
+    pub wire_received: u64,
+    /// Frames sent a second time after a cut.
+    pub frames_sent_again: u64,
+}
+
+/// A checkpoint as people see it.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct CheckpointStatus {
+    /// Its id.
+    pub id: String,
+    /// When it was made, in RFC 3339.
+    pub time: String,
+    /// How it came about.
+    pub kind: String,
+    /// A person's label.
+    pub label: Option<String>,
+    /// Whether every disk was whole.
+    pub clean: bool,
+    /// The frame.
+    pub frame: u64,
+    /// Whether it is never retired.
+    pub pinned: bool,
+}
+
+impl From<&Checkpoint> for CheckpointStatus {
+    fn from(checkpoint: &Checkpoint) -> Self {
+        let note = &checkpoint.note;
+        Self {
+            id: checkpoint.mark.id.to_string(),
+            time: clock::rfc3339(checkpoint.mark.wall_time),
+            kind: checkpoint.mark.kind.word().to_owned(),
+            label: (!note.label.is_empty()).then(|| note.label.clone()),
+            clean: checkpoint.mark.clean,
+            frame: checkpoint.position.seq.0,
+            pinned: note.pinned,
+        }
+    }
+}
+
+impl Group {
+    /// How the link stands for this group, and in words what the peer said.
+    fn link_state(&self) -> (Link, Option<String>) {
+        match &*self.side() {
+            Side::Apart if !self.record_has_peer() => (Link::NoPeer, None),
+            Side::Apart => (Link::Down, None),
+            Side::Outgoing(outgoing) => outgoing.link(),
+            Side::Incoming(incoming) if incoming.is_streaming() => (Link::Streaming, None),
+            Side::Incoming(_) => (Link::Negotiating, None),
+        }
+    }
+
+    /// The group's state, and why.
+    #[must_use]
+    pub fn state(&self) -> (State, Cause) {
+        let worst = self.disk_states().into_iter().map(|(_, state, cause, _)| (state, cause)).max();
+        worst.unwrap_or_else(|| decide(&self.state_facts(Content::Clean, None).0))
+    }
+
+    /// Every disk's state and cause, and what more there is to say.
+    fn disk_states(&self) -> Vec<(DiskNo, State, Cause, Option<String>)> {
+        let catalog = self.catalog();
+        catalog
+            .disks
+            .iter()
+            .map(|(no, disk)| {
+                let (facts, detail) = self.state_facts(disk.content, Some(*no));
+                let (state, cause) = decide(&facts);
+                (*no, state, cause, detail)
+            })
+            .collect()
+    }
+
+    fn state_facts(&self, content: Content, disk: Option<DiskNo>) -> (StateFacts, Option<String>) {
+        let (mut link, mut detail) = self.link_state();
+        let fence = self.fence().map(|fence| fence.cause);
+        let paused = self.record().paused;
+        let primary = self.role() == Role::Primary;
+        let facts = self.facts();
+        let mut failure = facts.failure.as_ref().map(|(cause, text)| {
+            detail = Some(text.clone());
+            *cause
+        });
+        if let Some(why) = disk.and_then(|disk| facts.sources.get(&disk.0))
+            && failure.is_none()
+            && primary
+            && fence.is_none()
+        {
+            failure = Some(Cause::SourceGone);
+            detail = Some(why.clone());
+        }
+        if let Some(why) = &facts.full
+            && failure.is_none()
+        {
+            link = Link::Hindered;
+            detail = Some(why.clone());
+        }
+        drop(facts);
+        (StateFacts { content, link, paused, fence, failure }, detail)
+    }
+
+    /// Looks whether the state has changed, and says so.
+    pub fn review(&self) {
+        let now = self.state();
+        let name = self.name();
+        let mut facts = self.facts();
+        let before = facts.last_state.replace(now);
+        if before == Some(now) {
+            return;
+        }
+        let safe = now.0 == State::Streaming;
+        match (safe, facts.unsafe_since) {
+            (true, _) => facts.unsafe_since = None,
+            (false, None) => facts.unsafe_since = Some(clock::wall()),
+            (false, Some(_)) => {}
+        }
+        drop(facts);
+        if let Some((state, _)) = before
+            && state != now.0
+            && !state.may_become(now.0)
+        {
+            log::error!("group {name}: went from {state} to {}, which should not happen", now.0);
+        }
+        let words = now.1.words();
+        let text = if words.is_empty() { now.0.to_string() } else { format!("{}: {words}", now.0) };
+        let level = match now.0 {
+            State::Streaming | State::Seeding | State::Resync | State::Paused => Level::Info,
+            State::Disconnected => Level::Warning,
+            _ => Level::Alert,
+        };
+        // The first state after a start is no news.
+        if before.is_some() || level == Level::Alert {
+            self.context.event(level, Some(&name), &text);
+        }
+        self.changed.notify_waiters();
+    }
+
+    /// What would be lost now: seconds and bytes, or since when nobody knows.
+    fn lag_status(&self) -> (Option<f64>, Option<u64>, Option<String>) {
+        let seconds = |us: u64| us as f64 / 1e6;
+        if self.role() == Role::Primary {
+            if !self.record_has_peer() {
+                return (None, None, None);
+            }
+            let behind = self.lag().behind(clock::mono());
+            return (Some(seconds(behind.us)), Some(behind.bytes), None);
+        }
+        match &*self.side() {
+            Side::Incoming(incoming) => match incoming.progress() {
+                Some((progress, at)) if clock::mono().since(*at) < 5_000_000 => {
+                    (Some(seconds(progress.behind_us)), Some(progress.behind_bytes), None)
+                }
+                _ => (None, None, Some(self.head_time())),
+            },
+            _ => (None, None, Some(self.head_time())),
+        }
+    }
+
+    fn head_time(&self) -> String {
+        clock::rfc3339(self.catalog().wall_time)
+    }
+
+    /// Everything there is to say about the group.
+    #[must_use]
+    pub fn status(&self, peer_name: Option<String>) -> GroupStatus {
+        let (state, cause) = self.state();
+        let states = self.disk_states();
+        let detail = states
+            .iter()
+            .find(|(_, s, c, _)| (*s, *c) == (state, cause))
+            .and_then(|(.., detail)| detail.clone())
+            .or_else(|| self.state_facts(Content::Clean, None).1);
+        let (lag_seconds, lag_bytes, lag_unknown_since) = self.lag_status();
+        let record = self.settings();
+        let catalog = self.catalog();
+        let role = self.role();
+        let head = self.store.head();
+        let (bytes, cap) = self.store.log_bytes();
+        let load = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
+        let unsafe_since = self.facts().unsafe_since.map(clock::rfc3339);
+        let protected = role == Role::Secondary || record.peer.is_some();
+        GroupStatus {
+            name: record.name.clone(),
+            id: record.id.clone(),
+            role: if role == Role::Primary { "primary" } else { "secondary" }.into(),
+            keep: if self.store.keep() == Keep::Cache { "cache" } else { "replica" }.into(),
+            peer: peer_name,
+            state: state.to_string(),
+            cause: cause.words().into(),
+            detail,
+            safe: state == State::Streaming && protected && !catalog.disks.is_empty(),
+            unsafe_since,
+            lag_seconds,
+            lag_bytes,
+            lag_unknown_since,
+            head: head.seq.0,
+            head_time: (head.seq > Seq::ZERO).then(|| self.head_time()),
+            acknowledged: (role == Role::Primary && record.peer.is_some())
+                .then(|| self.store.acked().0),
+            epoch: self.store.epochs().current().short(),
+            disks: states
+                .into_iter()
+                .filter_map(|(no, state, cause, detail)| {
+                    let disk = catalog.disks.get(&no)?;
+                    Some(self.disk_status(no, disk, state, cause, detail, &record.name))
+                })
+                .collect(),
+            log: LogStatus {
+                bytes,
+                cap: (cap < u64::MAX).then_some(cap),
+                unacknowledged: if role == Role::Primary && record.peer.is_some() {
+                    self.store.unacked_bytes()
+                } else {
+                    0
+                },
+                oldest: self.store.oldest().0,
+            },
+            link: LinkStatus {
+                content_written: load(&self.counters.content_written),
+                content_sent: load(&self.counters.content_sent),
+                wire_sent: load(&self.counters.wire_sent),
+                wire_received: load(&self.counters.wire_received),
+                frames_sent_again: load(&self.counters.frames_sent_again),
+            },
+            full_policy: record.full_policy,
+            checkpoint_every_s: record.checkpoint_every_s,
+            history_s: record.history_s,
+            paused: record.paused,
+        }
+    }
+
+    fn disk_status(
+        &self,
+        no: DiskNo,
+        disk: &srn_store::catalog::CatalogDisk,
+        state: State,
+        cause: Cause,
+        detail: Option<String>,
+        group: &str,
+    ) -> DiskStatus {
+        let record = self.record();
+        let source = record.sources.iter().find(|source| source.disk == no.0);
+        let kind = source.map(|source| match source.source {
+            Source::Served => "served",
+            Source::Mirror { .. } => "mirror",
+        });
+        let primary = self.role() == Role::Primary;
+        let copy = self.facts().progress.get(&no.0).map(|progress| CopyStatus {
+            done: progress.done,
+            total: progress.total,
+            rate: progress.rate,
+            seconds_left: (progress.rate > 0)
+                .then(|| progress.total.saturating_sub(progress.done) / progress.rate),
+        });
+        DiskStatus {
+            name: disk.name.clone(),
+            number: no.0,
+            id: disk.id.to_string(),
+            size: disk.sectors * SECTOR,
+            state: state.to_string(),
+            cause: cause.words().into(),
+            detail,
+            source: kind.map(str::to_owned),
+            export: (primary && source.is_some()).then(|| format!("{group}/{}", disk.name)),
+            copy,
+        }
+    }
+}

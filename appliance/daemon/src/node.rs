@@ -1,0 +1,383 @@
+//! The node: what holds peers, groups, exports and recoveries together.
+
+pub mod backend;
+mod groups;
+mod peers;
+mod state_dir;
+
+pub use groups::GroupRequest;
+pub use peers::PeerStatus;
+pub use state_dir::StateDir;
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use srn_core::ids::{GroupId, NodeId};
+use srn_core::pairing::TokenBook;
+use srn_core::token::Token;
+use srn_link::{Endpoint, EndpointConfig, Identity};
+use srn_nbd::server::{Limits, Listener, PayloadBudget, Server};
+use tokio_util::sync::CancellationToken;
+
+use crate::clock;
+use crate::context::Context;
+use crate::error::{Failure, Result};
+use crate::fleet::Level;
+use crate::group::{Group, GroupStatus};
+use crate::recovery::Recoveries;
+use crate::source::Mirrors;
+use backend::Exports;
+use peers::Peers;
+
+/// Content of writes that NBD clients may have in flight together, in bytes.
+const NBD_BUDGET: usize = 64 << 20;
+
+/// How long clients are given when the node stops.
+const NBD_PATIENCE: Duration = Duration::from_secs(2);
+
+/// A running node.
+#[derive(Debug)]
+pub struct Node {
+    context: Context,
+    identity: Arc<Identity>,
+    endpoint: Endpoint,
+    tokens: Arc<Mutex<TokenBook>>,
+    peers: Peers,
+    groups: Mutex<BTreeMap<GroupId, Arc<Group>>>,
+    /// Groups that could not be opened, and why; by name.
+    broken: Mutex<BTreeMap<String, String>>,
+    /// Held while a group is made or removed.
+    making: tokio::sync::Mutex<()>,
+    exports: Arc<Exports>,
+    nbd: Server<Exports>,
+    recoveries: Recoveries,
+    mirrors: Mirrors,
+    stopping: CancellationToken,
+    started_at: srn_core::time::WallTime,
+}
+
+/// A node as people see it.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct NodeStatus {
+    /// `safe`, or why not.
+    pub verdict: Verdict,
+    /// The node.
+    pub node: NodeInfo,
+    /// Its peers.
+    pub peers: Vec<PeerStatus>,
+    /// Its groups.
+    pub groups: Vec<GroupStatus>,
+    /// Groups that could not be opened, and why.
+    pub broken_groups: BTreeMap<String, String>,
+    /// Recovered servers.
+    pub recoveries: Vec<crate::recovery::RecoveryStatus>,
+}
+
+/// The first line of every status.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Verdict {
+    /// Whether everything is as it should be.
+    pub safe: bool,
+    /// Why not, worst first.
+    pub reasons: Vec<String>,
+}
+
+/// Who a node is.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct NodeInfo {
+    /// Its name.
+    pub name: String,
+    /// The SHA-256 of its public key.
+    pub id: String,
+    /// Its software version.
+    pub version: String,
+    /// Where its link listens.
+    pub link: String,
+    /// The NBD socket.
+    pub nbd_socket: PathBuf,
+    /// TCP addresses of exports.
+    pub nbd_listen: Vec<SocketAddr>,
+    /// When the daemon was started, in RFC 3339.
+    pub started_at: String,
+    /// Bytes free on the state volume.
+    pub state_free_bytes: Option<u64>,
+    /// Tokens that could pair a node now.
+    pub tokens_outstanding: usize,
+}
+
+/// A new token, shown once.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct NewToken {
+    /// The text to type at the other node.
+    pub token: String,
+    /// When it expires, in RFC 3339.
+    pub expires_at: String,
+    /// Where the other node reaches this one.
+    pub link: String,
+}
+
+impl Node {
+    /// Starts everything that a node does. Must be called in the runtime that serves NBD.
+    ///
+    /// # Errors
+    /// Ports and sockets that cannot be had, a state directory that cannot be used.
+    pub async fn start(context: Context, identity: Identity) -> Result<Arc<Self>> {
+        let identity = Arc::new(identity);
+        let config = context.config().clone();
+        let endpoint = {
+            // The link's sockets live in the link's runtime.
+            let _inside = context.link().enter();
+            let config = EndpointConfig { listen: config.link_listen };
+            Endpoint::open(&config, identity.clone())?
+        };
+        let exports = Arc::new(Exports::default());
+        let budget = PayloadBudget::new(NBD_BUDGET);
+        let limits = Limits { pool_bytes: 32 << 20, ..Limits::default() };
+        let nbd = Server::new(exports.clone(), limits, budget);
+        let node = Arc::new(Self {
+            identity,
+            endpoint,
+            tokens: Arc::default(),
+            peers: Peers::new(context.fleet().peers()?),
+            groups: Mutex::default(),
+            broken: Mutex::default(),
+            making: tokio::sync::Mutex::default(),
+            exports,
+            nbd,
+            recoveries: Recoveries::new(&context),
+            mirrors: Mirrors::default(),
+            stopping: CancellationToken::new(),
+            started_at: clock::wall(),
+            context,
+        });
+        node.exports.set_node(&node);
+        node.open_groups().await?;
+        node.listen_nbd().await?;
+        node.clone().run_link();
+        node.recoveries.resume(&node).await;
+        node.start_sources();
+        node.clone().run_ticks();
+        Ok(node)
+    }
+
+    /// What is shared.
+    #[must_use]
+    pub const fn context(&self) -> &Context {
+        &self.context
+    }
+
+    /// This node's id.
+    #[must_use]
+    pub fn id(&self) -> NodeId {
+        self.identity.id()
+    }
+
+    /// The exports.
+    #[must_use]
+    pub const fn exports(&self) -> &Arc<Exports> {
+        &self.exports
+    }
+
+    /// The recovered servers.
+    #[must_use]
+    pub const fn recoveries(&self) -> &Recoveries {
+        &self.recoveries
+    }
+
+    /// The mirrors.
+    #[must_use]
+    pub const fn mirrors(&self) -> &Mirrors {
+        &self.mirrors
+    }
+
+    /// Cancelled when the node stops.
+    #[must_use]
+    pub const fn stopping(&self) -> &CancellationToken {
+        &self.stopping
+    }
+
+    /// Where exports are served on this machine.
+    #[must_use]
+    pub fn nbd_socket(&self) -> PathBuf {
+        self.context.config().run_dir.join("nbd.sock")
+    }
+
+    async fn listen_nbd(&self) -> Result<()> {
+        let config = self.context.config();
+        let socket = self.nbd_socket();
+        let failed = |what: String, error: std::io::Error| {
+            Failure::new(crate::error::Kind::Conflict, format!("serving NBD on {what}: {error}"))
+        };
+        let unix = Listener::unix(&socket)
+            .await
+            .map_err(|error| failed(socket.display().to_string(), error))?;
+        crate::access::restrict(&socket, config.nbd_socket_group.as_deref())?;
+        self.nbd.listen(unix);
+        for address in &config.nbd_listen {
+            let allowed = if config.nbd_allow.is_empty() {
+                Listener::loopback()
+            } else {
+                config.nbd_allow.clone()
+            };
+            let tcp = Listener::tcp(*address, allowed)
+                .await
+                .map_err(|error| failed(address.to_string(), error))?;
+            self.nbd.listen(tcp);
+        }
+        Ok(())
+    }
+
+    /// Drops the connections that have exports of this prefix open.
+    pub fn disconnect(&self, group: &Group, prefix: &str) {
+        for connection in group.slots.connections(prefix) {
+            self.nbd.disconnect(connection);
+        }
+    }
+
+    fn groups_lock(&self) -> MutexGuard<'_, BTreeMap<GroupId, Arc<Group>>> {
+        self.groups.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// All groups, by name.
+    #[must_use]
+    pub fn groups(&self) -> Vec<Arc<Group>> {
+        let mut groups: Vec<Arc<Group>> = self.groups_lock().values().cloned().collect();
+        groups.sort_by_key(|group| group.name());
+        groups
+    }
+
+    /// Makes a token that pairs one node.
+    #[must_use]
+    pub fn new_token(&self, ttl: Duration) -> NewToken {
+        let token = Token::new(clock::random());
+        let text = token.reveal();
+        let ttl_us = u64::try_from(ttl.as_micros()).unwrap_or(u64::MAX);
+        self.tokens.lock().unwrap_or_else(PoisonError::into_inner).add(
+            token,
+            clock::mono(),
+            ttl_us,
+        );
+        let text_ttl = humantime::format_duration(ttl);
+        self.context.event(Level::Info, None, &format!("a token was made, valid for {text_ttl}"));
+        let expires = srn_core::time::WallTime(clock::wall().0.saturating_add_unsigned(ttl_us));
+        NewToken { token: text, expires_at: clock::rfc3339(expires), link: self.link_address() }
+    }
+
+    fn link_address(&self) -> String {
+        self.endpoint.local_addr().map_or_else(|error| error.to_string(), |addr| addr.to_string())
+    }
+
+    /// Once a second: every group looks after itself.
+    fn run_ticks(self: Arc<Self>) {
+        tokio::spawn(async move {
+            let mut ticks = tokio::time::interval(Duration::from_secs(1));
+            ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
+            loop {
+                tokio::select! {
+                    _ = ticks.tick() => {}
+                    () = self.stopping.cancelled() => return,
+                }
+                for group in self.groups() {
+                    group.tick().await;
+                }
+            }
+        });
+    }
+
+    /// Everything there is to say.
+    #[must_use]
+    pub fn status(&self) -> NodeStatus {
+        let peers = self.peer_statuses();
+        let name_of = |group: &Group| {
+            let peer = group.peer()?.to_string();
+            peers.iter().find(|known| known.id == peer).map(|known| known.name.clone())
+        };
+        let groups: Vec<GroupStatus> =
+            self.groups().iter().map(|group| group.status(name_of(group))).collect();
+        let broken = self.broken.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let config = self.context.config();
+        let free = {
+            use srn_store::io::Fs;
+            self.context.store().volume.free_bytes(&config.state_dir).ok()
+        };
+        let tokens =
+            self.tokens.lock().unwrap_or_else(PoisonError::into_inner).outstanding(clock::mono());
+        NodeStatus {
+            verdict: verdict(&groups, &broken, self.context.store().volume.failure()),
+            node: NodeInfo {
+                name: config.name.to_string(),
+                id: self.id().to_string(),
+                version: crate::VERSION.to_owned(),
+                link: self.link_address(),
+                nbd_socket: self.nbd_socket(),
+                nbd_listen: config.nbd_listen.clone(),
+                started_at: clock::rfc3339(self.started_at),
+                state_free_bytes: free,
+                tokens_outstanding: tokens,
+            },
+            peers,
+            groups,
+            broken_groups: broken,
+            recoveries: self.recoveries.statuses(self),
+        }
+    }
+
+    /// Stops everything, in the order that loses least: no more clients, then the groups, then the
+    /// link. Recovered servers go on: their disks come back with the next start.
+    pub async fn stop(self: &Arc<Self>) {
+        self.stopping.cancel();
+        self.mirrors.stop();
+        self.nbd.shutdown(NBD_PATIENCE).await;
+        self.close_sessions("the node is stopping").await;
+        let this = self.clone();
+        let stopped = tokio::task::spawn_blocking(move || {
+            this.recoveries.release();
+            for group in this.groups() {
+                group.shut_down();
+            }
+        });
+        let _ = stopped.await;
+        self.endpoint.close().await;
+        let _ = std::fs::remove_file(self.nbd_socket());
+    }
+}
+
+fn verdict(
+    groups: &[GroupStatus],
+    broken: &BTreeMap<String, String>,
+    volume: Option<String>,
+) -> Verdict {
+    let mut reasons = Vec::new();
+    if let Some(why) = volume {
+        reasons.push(format!("the state volume failed: {why}; repair it and restart the daemon"));
+    }
+    for (name, why) in broken {
+        reasons.push(format!("group {name} cannot be opened: {why}"));
+    }
+    for group in groups.iter().filter(|group| !group.safe) {
+        let mut text = format!("group {} is {}", group.name, group.state);
+        if !group.cause.is_empty() {
+            text = format!("{text}: {}", group.cause);
+        }
+        if group.disks.is_empty() {
+            text = format!("group {} has no disk", group.name);
+        } else if group.peer.is_none() && group.role == "primary" && group.state == "streaming" {
+            text = format!("group {} has no peer", group.name);
+        }
+        if let Some(detail) = &group.detail {
+            text = format!("{text} ({detail})");
+        }
+        if let Some(bytes) = group.lag_bytes.filter(|bytes| *bytes > 0) {
+            text = format!("{text}; {} at risk", crate::config::Size(bytes));
+        }
+        reasons.push(text);
+    }
+    if groups.is_empty() && broken.is_empty() {
+        reasons.push("nothing is protected: there is no group".into());
+    }
+    Verdict { safe: reasons.is_empty(), reasons }
+}

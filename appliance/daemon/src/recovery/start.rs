@@ -1,0 +1,400 @@
+//! Starting a recovery: choosing the point, taking over or cloning, running the machine.
+
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use srn_core::ids::{EpochId, Seq};
+use srn_store::manifest::{Keep, Role};
+use srn_targets::qemu::host::Host;
+use srn_targets::qemu::probe::{self, Sign};
+use srn_targets::qemu::run::Machine;
+
+use super::{Phase, Progress, Recoveries, Recovery, RecoveryStatus, start_clone_engine, watch_end};
+use crate::clock;
+use crate::error::{Failure, Kind, Result};
+use crate::fleet::{Level, RecoveryRecord};
+use crate::group::Group;
+use crate::node::Node;
+
+/// How long a planned failover waits for the production node to drain.
+const DRAIN_PATIENCE: Duration = Duration::from_secs(60);
+
+/// How long a fence hook may take.
+const HOOK_PATIENCE: Duration = Duration::from_secs(120);
+
+/// What a person asks for.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RecoveryRequest {
+    /// On a clone that is thrown away.
+    pub test: bool,
+    /// `latest`, or a checkpoint's id (or its beginning) or label, or a frame's number.
+    pub at: String,
+    /// Without the production node's consent.
+    pub force: bool,
+    /// A person has made sure that the production server does not run any more.
+    pub production_is_off: bool,
+    /// Do not start a machine, only take over.
+    pub no_start: bool,
+    /// Virtual CPUs.
+    pub cpus: Option<u32>,
+    /// Memory in bytes.
+    pub memory_bytes: Option<u64>,
+    /// `bios` or `uefi`; found out when not given.
+    pub firmware: Option<String>,
+    /// How the machine sees its disks.
+    pub bus: Option<String>,
+    /// What the machine is joined to; nothing when not given.
+    pub network: Option<String>,
+    /// Strings that the guest finds in its SMBIOS tables.
+    #[serde(default)]
+    pub smbios_strings: Vec<String>,
+    /// How to know that it answers.
+    pub sign: Option<SignRequest>,
+    /// How long to wait for that, in seconds.
+    pub sign_within_s: u64,
+}
+
+/// A sign of life.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum SignRequest {
+    /// This text on the serial console.
+    Serial(String),
+    /// A TCP connection to `host:port`.
+    Tcp(String),
+}
+
+/// A point that was chosen.
+struct Point {
+    seq: Seq,
+    words: String,
+}
+
+impl Recoveries {
+    /// Starts a recovery and returns once its machine runs.
+    ///
+    /// # Errors
+    /// Everything that can be in the way, in words, before anything is changed where that can be
+    /// known.
+    pub async fn start(
+        &self,
+        node: &Arc<Node>,
+        group: &Arc<Group>,
+        request: RecoveryRequest,
+    ) -> Result<RecoveryStatus> {
+        let asked = clock::mono();
+        check_group(group, &request)?;
+        let host =
+            Host::find().map_err(|missing| Failure::new(Kind::Missing, missing.to_string()))?;
+        let folder = self.context.config().run_dir.join("machines");
+        std::fs::create_dir_all(&folder)
+            .map_err(|error| Failure::internal(format!("making {}: {error}", folder.display())))?;
+        let (point, epoch, clone) = if request.test {
+            self.clone_point(group, &request).await?
+        } else {
+            (self.take_over(node, group, &request).await?, group.store().epochs().current(), None)
+        };
+        let id = self.free_id(group, request.test);
+        let record = RecoveryRecord {
+            id: id.clone(),
+            group: group.id().to_string(),
+            test: request.test,
+            epoch: epoch.to_string(),
+            point: point.words,
+            started_at: clock::wall().0,
+            folder: folder.join(&id),
+        };
+        self.context.fleet().put_recovery(&record)?;
+        let exports = self.publish(node, group, &id, clone.as_ref())?;
+        let view = Arc::new(match &clone {
+            Some(_) => group.store().view_head_of(epoch)?,
+            None => group.store().view_head()?,
+        });
+        let recovery = Arc::new(Recovery {
+            record,
+            group: group.clone(),
+            clone: Mutex::new(clone),
+            exports,
+            progress: Mutex::new(Progress {
+                phase: Phase::Starting,
+                asked,
+                started_after_us: None,
+                answered_after_us: None,
+                answer: None,
+                problem: None,
+                serial_log: None,
+                firmware: None,
+            }),
+            machine: tokio::sync::Mutex::default(),
+        });
+        self.lock().insert(id, recovery.clone());
+        if request.no_start {
+            recovery.progress().phase = Phase::Ended;
+            return Ok(recovery.status());
+        }
+        let started = self.run_machine(node, &recovery, &request, view, &host).await;
+        if let Err(error) = started {
+            recovery.failed(&error);
+            if request.test {
+                // Nothing half-made stays behind.
+                let _ = self.stop(node, &recovery.record.id, Duration::ZERO).await;
+            }
+            return Err(error);
+        }
+        Ok(recovery.status())
+    }
+
+    fn free_id(&self, group: &Group, test: bool) -> String {
+        let all = self.lock();
+        let stem = if test { format!("{}-test", group.name()) } else { group.name() };
+        let mut id = stem.clone();
+        let mut number = 2;
+        while all.contains_key(&id) {
+            id = format!("{stem}-{number}");
+            number += 1;
+        }
+        id
+    }
+
+    /// Makes a writable clone of the chosen point.
+    async fn clone_point(
+        &self,
+        group: &Arc<Group>,
+        request: &RecoveryRequest,
+    ) -> Result<(Point, EpochId, Option<Arc<crate::group::engine::Engine>>)> {
+        let point = choose(group, &request.at)?;
+        // The point may lie in the segment that is being written.
+        group.engine().close_segment().await;
+        let epoch = EpochId(clock::random());
+        let (store, seq) = (group.store().clone(), point.seq);
+        let made = tokio::task::spawn_blocking(move || store.clone_at(epoch, seq, clock::now()));
+        let appender =
+            made.await.map_err(|error| Failure::internal(format!("a task ended: {error}")))??;
+        let engine = start_clone_engine(group, appender)?;
+        let text = format!("test failover from {}", point.words);
+        self.context.event(Level::Info, Some(&group.name()), &text);
+        Ok((point, epoch, Some(engine)))
+    }
+
+    /// Makes this node the primary from the chosen point on.
+    async fn take_over(
+        &self,
+        node: &Arc<Node>,
+        group: &Arc<Group>,
+        request: &RecoveryRequest,
+    ) -> Result<Point> {
+        let name = group.name();
+        if group.role() == Role::Primary {
+            // Failed over before: the server is started again from where it stopped.
+            let running = self.of_group(group.id());
+            if !running.is_empty() {
+                return Err(Failure::conflict(format!(
+                    "group {name} was failed over and runs as {}; stop that first with \
+                     srn failover stop {}",
+                    running.join(", "),
+                    running.join(" ")
+                )));
+            }
+            let head = group.store().head().seq;
+            return Ok(Point { seq: head, words: format!("frame {head}, where it stopped") });
+        }
+        let session = group.session();
+        let planned = session.is_some() && !request.force;
+        if !planned && !request.production_is_off {
+            let why = if session.is_some() {
+                "a forced failover does not ask the production node"
+            } else {
+                "the production node is not connected, so it cannot be asked to stop"
+            };
+            return Err(Failure::refused(format!(
+                "{why}; two running servers would be the worst of all: make sure that the \
+                 production server of group {name} is off, and confirm it with \
+                 --yes-production-is-off"
+            )));
+        }
+        // Before anything is changed: is there such a point at all?
+        let point = choose(group, &request.at)?;
+        let point = if planned {
+            let last = group.drain_primary(DRAIN_PATIENCE).await?;
+            if request.at == "latest" {
+                Point { seq: last.seq, words: format!("frame {}, the last one written", last.seq) }
+            } else {
+                point
+            }
+        } else {
+            run_hook(group).await?;
+            // What came in meanwhile counts.
+            choose(group, &request.at)?
+        };
+        let _ = node;
+        group.take_over(point.seq).await?;
+        Ok(point)
+    }
+
+    async fn run_machine(
+        &self,
+        node: &Arc<Node>,
+        recovery: &Arc<Recovery>,
+        request: &RecoveryRequest,
+        view: Arc<srn_store::group::View>,
+        host: &Host,
+    ) -> Result<()> {
+        let (spec, firmware) = self.spec(node, recovery, request, view, host).await?;
+        recovery.progress().firmware = Some(firmware);
+        // What an earlier life of the same name has left.
+        let _ = srn_targets::qemu::run::remove(&recovery.record.folder);
+        let machine =
+            Machine::start(host, &spec, &recovery.record.folder).await.map_err(|error| {
+                Failure::new(Kind::Internal, format!("starting the machine: {error}"))
+            })?;
+        let machine = Arc::new(machine);
+        {
+            let mut progress = recovery.progress();
+            progress.phase = Phase::Running;
+            progress.started_after_us = Some(clock::mono().since(progress.asked));
+            progress.serial_log = Some(machine.serial_log());
+        }
+        *recovery.machine.lock().await = Some(machine.clone());
+        tokio::spawn(watch_end(self.context.clone(), recovery.clone(), machine.clone()));
+        if let Some(sign) = request.sign.clone() {
+            let within = Duration::from_secs(request.sign_within_s);
+            tokio::spawn(watch_sign(recovery.clone(), machine, sign, within));
+        }
+        Ok(())
+    }
+}
+
+async fn watch_sign(
+    recovery: Arc<Recovery>,
+    machine: Arc<Machine>,
+    sign: SignRequest,
+    within: Duration,
+) {
+    let sign = match sign {
+        SignRequest::Serial(text) => Sign::Serial(text),
+        SignRequest::Tcp(address) => Sign::Tcp { address, send: None, expect: None },
+    };
+    let seen = probe::wait(&machine, &[sign], within).await;
+    let mut progress = recovery.progress();
+    match seen {
+        Ok(answer) => {
+            progress.phase = Phase::Answered;
+            progress.answered_after_us = Some(clock::mono().since(progress.asked));
+            progress.answer = Some(answer.matched);
+        }
+        Err(error) => progress.problem = Some(error.to_string()),
+    }
+}
+
+fn check_group(group: &Group, request: &RecoveryRequest) -> Result<()> {
+    let name = group.name();
+    if group.store().keep() == Keep::Cache {
+        return Err(Failure::refused(format!(
+            "this node keeps only a cache of group {name}; fail over at the recovery node"
+        )));
+    }
+    let failed_over = group.store().epochs().list().len() > 1;
+    if group.role() == Role::Primary && !request.test && !failed_over {
+        return Err(Failure::refused(format!(
+            "this node is the production node of group {name}; fail over at the recovery node, or \
+             try a test failover here"
+        )));
+    }
+    Ok(())
+}
+
+/// Chooses a point by what a person said.
+fn choose(group: &Group, at: &str) -> Result<Point> {
+    let name = group.name();
+    let catalog = group.catalog();
+    if at == "latest" {
+        if catalog.is_clean() {
+            let seq = catalog.at.seq;
+            let time = clock::rfc3339(catalog.wall_time);
+            return Ok(Point { seq, words: format!("frame {seq} of {time}, the newest") });
+        }
+        return match catalog.last_clean {
+            Some(clean) => Ok(Point {
+                seq: clean.seq,
+                words: format!("frame {}, the newest before a resync began", clean.seq),
+            }),
+            None => Err(Failure::refused(format!(
+                "group {name} cannot be recovered yet: its initial replication is not complete"
+            ))),
+        };
+    }
+    let checkpoints = group.store().checkpoints()?;
+    let fits = |checkpoint: &&srn_store::group::Checkpoint| {
+        let id = checkpoint.mark.id.to_string();
+        checkpoint.note.label == at || (at.len() >= 4 && id.starts_with(&at.to_lowercase()))
+    };
+    let found: Vec<_> = checkpoints.iter().filter(fits).collect();
+    match found.as_slice() {
+        [one] => {
+            if !one.mark.clean {
+                return Err(Failure::refused(format!(
+                    "checkpoint {at} is unclean: a resync was under way, and its disks are a \
+                     mixture of times"
+                )));
+            }
+            let time = clock::rfc3339(one.mark.wall_time);
+            let label = if one.note.label.is_empty() {
+                String::new()
+            } else {
+                format!(" \"{}\"", one.note.label)
+            };
+            let words = format!("checkpoint {}{label} of {time}", one.mark.id.short());
+            Ok(Point { seq: one.position.seq, words })
+        }
+        [] => match at.parse::<u64>() {
+            Ok(frame) => Ok(Point { seq: Seq(frame), words: format!("frame {frame}") }),
+            Err(_) => Err(Failure::not_found(format!(
+                "group {name} has no checkpoint {at:?}; list them with: srn checkpoint list {name}"
+            ))),
+        },
+        many => Err(Failure::conflict(format!(
+            "{at:?} fits {} checkpoints of group {name}; give more of the id",
+            many.len()
+        ))),
+    }
+}
+
+impl Group {
+    /// The frame that a person means by `at`: `latest`, a checkpoint's id or label, or a number.
+    ///
+    /// # Errors
+    /// When there is no such point, or it cannot be recovered.
+    pub fn choose_point(&self, at: &str) -> Result<(Seq, String)> {
+        choose(self, at).map(|point| (point.seq, point.words))
+    }
+}
+
+/// Runs the program that makes sure that production is off.
+async fn run_hook(group: &Group) -> Result<()> {
+    let Some(hook) = group.settings().fence_hook else { return Ok(()) };
+    let name = group.name();
+    log::info!("group {name}: running the fence hook {}", hook.display());
+    let run = tokio::process::Command::new(&hook)
+        .arg(&name)
+        .stdin(std::process::Stdio::null())
+        .kill_on_drop(true)
+        .output();
+    let failed = |why: String| {
+        Failure::refused(format!(
+            "the fence hook {} of group {name} {why}; nothing was failed over",
+            hook.display()
+        ))
+    };
+    match tokio::time::timeout(HOOK_PATIENCE, run).await {
+        Err(_) => Err(failed(format!("took longer than {} s", HOOK_PATIENCE.as_secs()))),
+        Ok(Err(error)) => Err(failed(format!("cannot be run: {error}"))),
+        Ok(Ok(output)) if output.status.success() => Ok(()),
+        Ok(Ok(output)) => {
+            let words = String::from_utf8_lossy(&output.stderr);
+            let last = words.lines().last().unwrap_or_default().trim().to_owned();
+            Err(failed(format!("failed ({}): {last}", output.status)))
+        }
+    }
+}

@@ -1,0 +1,405 @@
+//! The `mirror` source: QEMU pushes a running server's disk into our export.
+//!
+//! For each disk one task drives `blockdev-mirror` in the administrator's QEMU over QMP, the way
+//! that administrator would: it adds our export as a block node, starts the mirror with
+//! `copy-mode=write-blocking`, takes the ready state as the mark from which every write is in our
+//! log before the server hears of it, limits the background copy by the fill of the log, notices
+//! when the job ends, and starts it again.
+//!
+//! Production comes first: an error at our side ends the job and never reaches the server, and a
+//! node that is away longer than [`RECONNECT_S`] is no longer waited for.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use srn_core::frame::ResyncReason;
+use srn_core::ids::{DiskNo, GroupId};
+use srn_core::limits::SECTOR;
+use srn_core::state::Content;
+use srn_targets::qemu::qmp::block::{BlockJob, BlockNode, MirrorJob, NbdAddress, NbdNode};
+use srn_targets::qemu::qmp::event::{EventError, Kind as EventKind};
+use srn_targets::qemu::qmp::{Qmp, QmpError};
+use tokio_util::task::AbortOnDropHandle;
+
+use crate::error::{Failure, Kind, Result};
+use crate::group::{CopyProgress, Group};
+use crate::node::Node;
+
+/// How long QEMU waits for a node that is away, in seconds: a restart takes one or two, and the
+/// server's writes wait meanwhile.
+const RECONNECT_S: u32 = 5;
+
+/// Patience with a monitor.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// The pause before a mirror is tried again.
+const RETRY: Duration = Duration::from_secs(2);
+
+/// How often a job is looked at.
+const LOOK: Duration = Duration::from_millis(500);
+
+/// Fill of the log above which the background copy is slowed down to what the peer takes.
+const FILL_SLOW: f64 = 0.5;
+
+/// Fill of the log above which the background copy hardly moves.
+const FILL_CRAWL: f64 = 0.85;
+
+/// The slowest a background copy is set to, in bytes per second.
+const SPEED_MIN: u64 = 1 << 20;
+
+/// The mirrors of a node.
+#[derive(Debug, Default)]
+pub struct Mirrors {
+    tasks: Mutex<BTreeMap<(GroupId, DiskNo), Running>>,
+}
+
+#[derive(Debug)]
+struct Running {
+    qmp: PathBuf,
+    names: Names,
+    _task: AbortOnDropHandle<()>,
+}
+
+/// What our job and node are called in that QEMU.
+#[derive(Debug, Clone)]
+struct Names {
+    job: String,
+    target: String,
+}
+
+/// Looks for a disk in a QEMU.
+///
+/// # Errors
+/// [`Kind::Unreachable`] when there is no QEMU; [`Kind::NotFound`], naming the disks that there
+/// are.
+pub async fn find_disk(qmp: &Path, name: &str) -> Result<BlockNode> {
+    let monitor = Qmp::connect(qmp, PATIENCE).await.map_err(unreachable)?;
+    if let Some(found) = monitor.find_disk(name).await.map_err(unreachable)? {
+        return Ok(found);
+    }
+    let nodes = monitor.block_nodes().await.map_err(unreachable)?;
+    let known: Vec<String> = nodes.into_iter().map(|node| node.node_name).collect();
+    Err(Failure::not_found(format!(
+        "the QEMU at {} has no block node or device {name:?}; its nodes are: {}",
+        qmp.display(),
+        known.join(", ")
+    )))
+}
+
+fn unreachable(error: QmpError) -> Failure {
+    Failure::new(Kind::Unreachable, error.to_string())
+}
+
+impl Mirrors {
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<(GroupId, DiskNo), Running>> {
+        self.tasks.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Drives the mirror of a disk from now on.
+    pub fn start(
+        &self,
+        node: &Arc<Node>,
+        group: &Arc<Group>,
+        disk: DiskNo,
+        qmp: PathBuf,
+        device: String,
+    ) {
+        let Some(known) = group.catalog().disks.get(&disk).cloned() else { return };
+        let short = known.id.short();
+        let names = Names { job: format!("srn-{short}"), target: format!("srn-target-{short}") };
+        let mirror = Mirror {
+            group: group.clone(),
+            disk,
+            size: known.sectors * SECTOR,
+            export: format!("{}/{}", group.name(), known.name),
+            socket: node.nbd_socket(),
+            qmp: qmp.clone(),
+            device,
+            names: names.clone(),
+        };
+        let task = tokio::spawn(mirror.run());
+        let running = Running { qmp, names, _task: AbortOnDropHandle::new(task) };
+        self.lock().insert((group.id(), disk), running);
+    }
+
+    /// Ends the mirrors of a group, or of one disk of it, in QEMU too: the server goes on alone.
+    pub async fn forget(&self, group: &Group, disk: Option<DiskNo>) {
+        let ended: Vec<Running> = {
+            let mut tasks = self.lock();
+            let keys: Vec<_> = tasks
+                .keys()
+                .filter(|(id, no)| *id == group.id() && disk.is_none_or(|disk| disk == *no))
+                .copied()
+                .collect();
+            keys.iter().filter_map(|key| tasks.remove(key)).collect()
+        };
+        for Running { qmp, names, _task } in ended {
+            drop(_task);
+            if let Ok(monitor) = Qmp::connect(&qmp, PATIENCE).await {
+                end_job(&monitor, &names).await;
+            }
+        }
+    }
+
+    /// Drives nothing any more; jobs go on for as long as QEMU waits for us.
+    pub fn stop(&self) {
+        self.lock().clear();
+    }
+}
+
+/// Ends our job, if there is one, and takes our node out.
+async fn end_job(monitor: &Qmp, names: &Names) {
+    let mut events = monitor.events();
+    if monitor.block_job_cancel(&names.job, true).await.is_ok() {
+        let over = |kind: &EventKind| {
+            matches!(kind, EventKind::JobStatus { job, status }
+                if *job == names.job && status == "concluded")
+        };
+        let _ = events.wait_for(PATIENCE, over).await;
+    }
+    let _ = monitor.job_dismiss(&names.job).await;
+    let _ = monitor.blockdev_del(&names.target).await;
+}
+
+struct Mirror {
+    group: Arc<Group>,
+    disk: DiskNo,
+    size: u64,
+    export: String,
+    socket: PathBuf,
+    qmp: PathBuf,
+    device: String,
+    names: Names,
+}
+
+/// How one attempt ended.
+enum Ended {
+    /// Something that may pass: try again.
+    Failed(String),
+    /// The group takes no writes: wait until it does.
+    Closed(String),
+}
+
+impl From<QmpError> for Ended {
+    fn from(error: QmpError) -> Self {
+        Self::Failed(error.to_string())
+    }
+}
+
+impl Mirror {
+    async fn run(self) {
+        loop {
+            let ended = self.follow().await;
+            self.group.copy_progress(self.disk, None);
+            let (Err(Ended::Failed(why) | Ended::Closed(why)) | Ok(why)) = ended;
+            self.group.source_state(self.disk, Some(why));
+            let _ = tokio::time::timeout(RETRY, self.group.changed()).await;
+            // The state may be told many times a second; a mirror is not tried that often.
+            tokio::time::sleep(LOOK).await;
+        }
+    }
+
+    fn content(&self) -> Content {
+        let catalog = self.group.catalog();
+        catalog.disks.get(&self.disk).map_or(Content::Seeding, |disk| disk.content)
+    }
+
+    /// Has the mirror running, for as long as it runs. Returns why it does not.
+    async fn follow(&self) -> std::result::Result<String, Ended> {
+        // After a full log the group decides when there is room enough to begin anew.
+        self.group.try_again().map_err(|error| Ended::Closed(error.message))?;
+        let monitor = Qmp::connect(&self.qmp, PATIENCE).await?;
+        let mut events = monitor.events();
+        let node = monitor.find_disk(&self.device).await?;
+        let node = node.ok_or_else(|| {
+            Ended::Failed(format!("the server's QEMU has no disk {} any more", self.device))
+        })?;
+        if node.size_bytes != self.size {
+            return Err(Ended::Failed(format!(
+                "disk {} has {} bytes at the server and {} bytes here; remove it and add it again",
+                self.device, node.size_bytes, self.size
+            )));
+        }
+        if !self.is_running(&monitor).await? {
+            self.start(&monitor).await?;
+        }
+        self.group.source_state(self.disk, None);
+        let mut watch = Watch::new();
+        loop {
+            tokio::select! {
+                event = events.next() => match event.map(|event| event.kind()) {
+                    Ok(EventKind::JobStatus { job, status })
+                        if job == self.names.job && status == "concluded" =>
+                    {
+                        return Ok(self.conclude(&monitor).await);
+                    }
+                    Ok(EventKind::JobReady { job }) if job == self.names.job => {
+                        self.look(&monitor, &mut watch).await?;
+                    }
+                    Ok(EventKind::Shutdown { reason, .. }) => {
+                        return Ok(format!("the server was shut down ({reason})"));
+                    }
+                    Ok(_) | Err(EventError::Missed(_) | EventError::Timeout(_)) => {}
+                    Err(EventError::Lost(error)) => {
+                        return Ok(format!("the server's QEMU is gone: {error}"));
+                    }
+                },
+                () = tokio::time::sleep(LOOK) => self.look(&monitor, &mut watch).await?,
+            }
+            if let Err(error) = self.group.check_writable() {
+                end_job(&monitor, &self.names).await;
+                return Err(Ended::Closed(error.message));
+            }
+        }
+    }
+
+    /// Whether our job runs already, from before this daemon was started. One that has ended is
+    /// cleared away.
+    async fn is_running(&self, monitor: &Qmp) -> std::result::Result<bool, Ended> {
+        let jobs = monitor.jobs().await?;
+        let Some(job) = jobs.into_iter().find(|job| job.id == self.names.job) else {
+            return Ok(false);
+        };
+        match job.status.as_str() {
+            "running" | "ready" => Ok(true),
+            _ => {
+                end_job(monitor, &self.names).await;
+                Ok(false)
+            }
+        }
+    }
+
+    async fn start(&self, monitor: &Qmp) -> std::result::Result<(), Ended> {
+        // What the server wrote since an earlier mirror ended is not known: all is sent anew, and
+        // until that is done the newest point to recover to is the last one from before.
+        if self.content() == Content::Clean {
+            self.group
+                .begin_resync(self.disk, ResyncReason::MirrorRestarted)
+                .await
+                .map_err(|error| Ended::Closed(error.message))?;
+        }
+        // Left over from an earlier attempt.
+        let _ = monitor.blockdev_del(&self.names.target).await;
+        monitor
+            .blockdev_add_nbd(&NbdNode {
+                node_name: self.names.target.clone(),
+                address: NbdAddress::Unix(self.socket.clone()),
+                export: self.export.clone(),
+                reconnect_delay_seconds: RECONNECT_S,
+                tls_credentials: None,
+            })
+            .await?;
+        let job = MirrorJob::follow(&self.names.job, &self.device, &self.names.target);
+        if let Err(error) = monitor.blockdev_mirror(&job).await {
+            let _ = monitor.blockdev_del(&self.names.target).await;
+            return Err(error.into());
+        }
+        log::info!("group {}: mirroring {} into {}", self.group.name(), self.device, self.export);
+        Ok(())
+    }
+
+    /// The job has ended: why, and everything of it cleared away.
+    async fn conclude(&self, monitor: &Qmp) -> String {
+        let jobs = monitor.jobs().await.unwrap_or_default();
+        let error = jobs.into_iter().find(|job| job.id == self.names.job).and_then(|job| job.error);
+        end_job(monitor, &self.names).await;
+        match error {
+            Some(error) => format!("the mirror ended: {error}"),
+            None => "the mirror was ended at the server".into(),
+        }
+    }
+
+    /// Looks at the job: progress, speed, and whether it follows the server now.
+    async fn look(&self, monitor: &Qmp, watch: &mut Watch) -> std::result::Result<(), Ended> {
+        let jobs = monitor.block_jobs().await?;
+        let Some(job) = jobs.into_iter().find(|job| job.id == self.names.job) else {
+            return Ok(());
+        };
+        if job.ready {
+            self.group.copy_progress(self.disk, None);
+            if self.content() != Content::Clean {
+                // Everything that was copied, and every write since, has been answered by us, so
+                // it is in the log before this mark.
+                self.group
+                    .end_resync(self.disk)
+                    .await
+                    .map_err(|error| Ended::Closed(error.message))?;
+                log::info!("group {}: {} is in step", self.group.name(), self.export);
+            }
+        } else {
+            let rate = watch.rate(job.offset);
+            let progress = CopyProgress { done: job.offset, total: job.len, rate };
+            self.group.copy_progress(self.disk, Some(progress));
+        }
+        self.set_speed(monitor, &job, watch).await;
+        Ok(())
+    }
+
+    /// The fuller the log, the slower the background copy: the server's own writes come first.
+    async fn set_speed(&self, monitor: &Qmp, job: &BlockJob, watch: &mut Watch) {
+        let fill = self.group.log_fill();
+        let drained = watch.drain(self.group.content_sent());
+        let speed = if job.ready || fill < FILL_SLOW {
+            0
+        } else if fill < FILL_CRAWL {
+            drained.max(SPEED_MIN)
+        } else {
+            SPEED_MIN
+        };
+        // A tenth more or less is not worth a command.
+        let same = if speed == 0 || job.speed == 0 {
+            speed == job.speed
+        } else {
+            speed.abs_diff(job.speed) * 10 < speed
+        };
+        if !same && monitor.block_job_set_speed(&self.names.job, speed).await.is_ok() {
+            log::debug!("{}: background copy limited to {speed} B/s (0: unlimited)", self.export);
+        }
+    }
+}
+
+/// Rates, smoothed.
+struct Watch {
+    copied: Rate,
+    sent: Rate,
+}
+
+impl Watch {
+    fn new() -> Self {
+        Self { copied: Rate::default(), sent: Rate::default() }
+    }
+
+    fn rate(&mut self, copied: u64) -> u64 {
+        self.copied.next(copied)
+    }
+
+    fn drain(&mut self, sent: u64) -> u64 {
+        self.sent.next(sent)
+    }
+}
+
+#[derive(Default)]
+struct Rate {
+    last: Option<(Instant, u64)>,
+    per_second: f64,
+}
+
+impl Rate {
+    fn next(&mut self, value: u64) -> u64 {
+        let now = Instant::now();
+        if let Some((at, before)) = self.last {
+            let seconds = now.duration_since(at).as_secs_f64();
+            if seconds > 0.05 {
+                let rate = value.saturating_sub(before) as f64 / seconds;
+                self.per_second =
+                    if self.per_second == 0.0 { rate } else { 0.7 * self.per_second + 0.3 * rate };
+                self.last = Some((now, value));
+            }
+        } else {
+            self.last = Some((now, value));
+        }
+        self.per_second as u64
+    }
+}
