@@ -45,6 +45,8 @@ pub enum Cause {
     None,
     /// The group has no peer.
     NoPeer,
+    /// This node has taken over from its peer, and nothing replicates back.
+    FailedOver,
     /// No session with the peer.
     LinkDown,
     /// The session is up and the two nodes are agreeing on where to go on.
@@ -148,6 +150,7 @@ impl Cause {
         match self {
             Self::None => "",
             Self::NoPeer => "no peer",
+            Self::FailedOver => "failed over to this node, which nothing protects yet",
             Self::LinkDown => "no connection to the peer",
             Self::Negotiating => "agreeing with the peer on where to go on",
             Self::PeerHindered => "the peer cannot take frames",
@@ -200,6 +203,8 @@ pub enum Link {
     Hindered,
     /// The peer refuses without naming a history.
     Refused,
+    /// This node has taken over from its peer, and nothing replicates back.
+    FailedOver,
     /// The two histories differ.
     Diverged(Cause),
 }
@@ -240,6 +245,7 @@ pub const fn decide(facts: &Facts) -> (State, Cause) {
         (Content::Resync, _) => (State::Resync, Cause::MirrorRestarted),
         (Content::Clean, Link::Streaming) => (State::Streaming, Cause::None),
         (Content::Clean, Link::NoPeer) => (State::Disconnected, Cause::NoPeer),
+        (Content::Clean, Link::FailedOver) => (State::Disconnected, Cause::FailedOver),
         (Content::Clean, Link::Down) => (State::Disconnected, Cause::LinkDown),
         (Content::Clean, Link::Negotiating) => (State::Disconnected, Cause::Negotiating),
         (Content::Clean, Link::Hindered) => (State::Disconnected, Cause::PeerHindered),
@@ -264,6 +270,7 @@ mod tests {
                 Link::Streaming,
                 Link::Hindered,
                 Link::Refused,
+                Link::FailedOver,
                 Link::Diverged(Cause::HistoriesDiffer),
             ] {
                 for paused in [false, true] {

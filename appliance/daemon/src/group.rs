@@ -298,6 +298,12 @@ impl Group {
         self.store.role().0
     }
 
+    /// Whether this node has taken over from its peer.
+    #[must_use]
+    pub fn has_failed_over(&self) -> bool {
+        self.role() == Role::Primary && self.store.epochs().list().len() > 1
+    }
+
     /// The fence, if there is one.
     #[must_use]
     pub fn fence(&self) -> Option<Fence> {
@@ -503,8 +509,17 @@ impl Group {
     async fn note(&self, id: CheckpointId, label: Option<String>) -> Result<()> {
         let Some(label) = label else { return Ok(()) };
         let store = self.store.clone();
-        let note = Note { label, pinned: false };
-        self.blocking(move || store.set_note(id, note)).await
+        let note = Note { label: label.clone(), pinned: false };
+        self.blocking(move || store.set_note(id, note)).await?;
+        // If it is lost here, it is told again with the next session.
+        let session = match &*self.side() {
+            Side::Outgoing(outgoing) => Some(outgoing.session().clone()),
+            _ => None,
+        };
+        if let Some(session) = session {
+            let _ = session.try_send(&Message::Note { group: self.id, id, label });
+        }
+        Ok(())
     }
 
     /// Runs something that may wait for the disk.
@@ -747,7 +762,7 @@ impl Group {
         );
         // The old primary hears of it at once if it is there, else when it comes back.
         if let Some(session) = self.session() {
-            let text = format!("group {name} was failed over to this node");
+            let text = format!("{} is primary of group {name} now", self.context.config().name);
             let _ = session.send(&self.refuse(RefuseCode::Fenced, text)).await;
         }
         self.review();
@@ -767,9 +782,7 @@ impl Group {
         };
         self.engine().close(why);
         let store = self.store.clone();
-        let text = format!("fenced: {}", fence.cause);
         self.blocking(move || store.set_fence(Some(fence))).await?;
-        self.context.event(Level::Alert, Some(&self.name()), &text);
         self.changed.notify_waiters();
         self.review();
         Ok(())

@@ -77,6 +77,8 @@ struct Progress {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Phase {
+    /// Its disks are served; nobody was asked to start a machine.
+    Served,
     /// Being prepared.
     Starting,
     /// The machine runs.

@@ -156,6 +156,7 @@ pub(super) fn bar(done: u64, total: u64, width: usize) -> String {
 pub(super) fn recovery_line(recovery: &RecoveryStatus) -> String {
     let kind = if recovery.test { "test failover" } else { "recovered server" };
     let phase = match recovery.phase {
+        Phase::Served => "has its disks served",
         Phase::Starting => "starts",
         Phase::Running => "runs",
         Phase::Answered => "has answered",
@@ -296,6 +297,9 @@ pub(super) fn recovery(recovery: &RecoveryStatus) -> String {
     }
     if let (Some(seconds), Some(answer)) = (recovery.answered_after_s, &recovery.answer) {
         out.push(format!("  answered {seconds:.1} s after the command: {}", answer.trim()));
+    }
+    if recovery.phase == Phase::Served {
+        out.extend(recovery.exports.iter().map(|export| format!("  export {export}")));
     }
     if let Some(log) = &recovery.serial_log {
         out.push(format!("  serial console: {}", log.display()));

@@ -146,7 +146,7 @@ impl Group {
         if self.role() == Role::Primary {
             return Some((
                 RefuseCode::Fenced,
-                format!("group {name} was failed over: the recovery node is primary now"),
+                format!("{} is primary of group {name} now", self.context.config().name),
             ));
         }
         if self.settings().paused {

@@ -178,8 +178,6 @@ fn retention(group: &Group) -> Retention {
 /// A primary keeps what its peer has not got.
 fn unsent(group: &Group, keep_from: Seq) -> Retention {
     let acked = group.store().acked();
-    let sends = group.role() == Role::Primary
-        && group.peer().is_some()
-        && group.store().epochs().list().len() == 1;
+    let sends = group.role() == Role::Primary && group.peer().is_some() && !group.has_failed_over();
     Retention { keep_from: if sends { keep_from.min(acked) } else { keep_from } }
 }

@@ -168,6 +168,9 @@ impl From<&Checkpoint> for CheckpointStatus {
 impl Group {
     /// How the link stands for this group, and in words what the peer said.
     fn link_state(&self) -> (Link, Option<String>) {
+        if self.has_failed_over() {
+            return (Link::FailedOver, None);
+        }
         match &*self.side() {
             Side::Apart if !self.record_has_peer() => (Link::NoPeer, None),
             Side::Apart => (Link::Down, None),
@@ -266,7 +269,7 @@ impl Group {
     fn lag_status(&self) -> (Option<f64>, Option<u64>, Option<String>) {
         let seconds = |us: u64| us as f64 / 1e6;
         if self.role() == Role::Primary {
-            if !self.record_has_peer() {
+            if !self.record_has_peer() || self.has_failed_over() {
                 return (None, None, None);
             }
             let behind = self.lag().behind(clock::mono());
@@ -322,8 +325,10 @@ impl Group {
             lag_unknown_since,
             head: head.seq.0,
             head_time: (head.seq > Seq::ZERO).then(|| self.head_time()),
-            acknowledged: (role == Role::Primary && record.peer.is_some())
-                .then(|| self.store.acked().0),
+            acknowledged: (role == Role::Primary
+                && record.peer.is_some()
+                && !self.has_failed_over())
+            .then(|| self.store.acked().0),
             epoch: self.store.epochs().current().short(),
             disks: states
                 .into_iter()

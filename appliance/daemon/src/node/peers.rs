@@ -213,6 +213,13 @@ impl Node {
         let text = format!("paired with {} ({addr}) by token", paired.name);
         self.context.event(Level::Info, None, &text);
         self.dial_peer(paired.peer);
+        // Whoever paired wants to see them connected; if it takes longer, status tells.
+        let connected = async {
+            while self.session_with(paired.peer).is_none() {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        };
+        let _ = tokio::time::timeout(Duration::from_secs(2), connected).await;
         let record = self.peers.lock().get(&paired.peer).map(|known| known.record.clone());
         record.ok_or_else(|| Failure::internal("the peer was removed at once"))
     }

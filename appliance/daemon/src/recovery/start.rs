@@ -131,7 +131,7 @@ impl Recoveries {
         });
         self.lock().insert(id, recovery.clone());
         if request.no_start {
-            recovery.progress().phase = Phase::Ended;
+            recovery.progress().phase = Phase::Served;
             return Ok(recovery.status());
         }
         let started = self.run_machine(node, &recovery, &request, view, &host).await;

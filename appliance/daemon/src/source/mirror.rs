@@ -18,8 +18,9 @@ use srn_core::frame::ResyncReason;
 use srn_core::ids::{DiskNo, GroupId};
 use srn_core::limits::SECTOR;
 use srn_core::state::Content;
-use srn_targets::qemu::qmp::block::{BlockJob, BlockNode, MirrorJob, NbdAddress, NbdNode};
+use srn_targets::qemu::qmp::block::{BlockJob, BlockNode, NbdAddress, NbdNode};
 use srn_targets::qemu::qmp::event::{EventError, Kind as EventKind};
+use srn_targets::qemu::qmp::mirror::{MirrorEnd, MirrorJob};
 use srn_targets::qemu::qmp::{Qmp, QmpError};
 use tokio_util::task::AbortOnDropHandle;
 
@@ -151,15 +152,13 @@ impl Mirrors {
 
 /// Ends our job, if there is one, and takes our node out.
 async fn end_job(monitor: &Qmp, names: &Names) {
-    let mut events = monitor.events();
-    if monitor.block_job_cancel(&names.job, true).await.is_ok() {
-        let over = |kind: &EventKind| {
-            matches!(kind, EventKind::JobStatus { job, status }
-                if *job == names.job && status == "concluded")
-        };
-        let _ = events.wait_for(PATIENCE, over).await;
+    match monitor.end_mirror(&names.job, &names.target).await {
+        Ok(MirrorEnd::Orderly | MirrorEnd::BrokenOff) => {
+            log::info!("the mirror {} in the server's QEMU has ended", names.job);
+        }
+        Ok(MirrorEnd::Already) => {}
+        Err(error) => log::warn!("cannot end the mirror {}: {error}", names.job),
     }
-    let _ = monitor.job_dismiss(&names.job).await;
     let _ = monitor.blockdev_del(&names.target).await;
 }
 
@@ -235,6 +234,11 @@ impl Mirror {
                     {
                         return Ok(self.conclude(&monitor).await);
                     }
+                    Ok(EventKind::JobStatus { job, status })
+                        if job == self.names.job && is_paused(&status) =>
+                    {
+                        self.look(&monitor, &mut watch).await?;
+                    }
                     Ok(EventKind::JobReady { job }) if job == self.names.job => {
                         self.look(&monitor, &mut watch).await?;
                     }
@@ -269,6 +273,13 @@ impl Mirror {
                 Ok(false)
             }
         }
+    }
+
+    /// The job stands still, which it does when one side fails: the server goes on, and nothing
+    /// is copied any more.
+    async fn stopped(&self, monitor: &Qmp) -> String {
+        end_job(monitor, &self.names).await;
+        "the mirror failed to read the server's disk or to reach this node".into()
     }
 
     async fn start(&self, monitor: &Qmp) -> std::result::Result<(), Ended> {
@@ -317,6 +328,10 @@ impl Mirror {
         let Some(job) = jobs.into_iter().find(|job| job.id == self.names.job) else {
             return Ok(());
         };
+        // A job pauses for a moment for many a reason; only this one lasts.
+        if job.io_status != "ok" {
+            return Err(Ended::Failed(self.stopped(monitor).await));
+        }
         if job.ready {
             self.group.copy_progress(self.disk, None);
             if self.content() != Content::Clean {
@@ -358,6 +373,11 @@ impl Mirror {
             log::debug!("{}: background copy limited to {speed} B/s (0: unlimited)", self.export);
         }
     }
+}
+
+/// Whether a job in this state stands still: perhaps after an error.
+fn is_paused(status: &str) -> bool {
+    matches!(status, "paused" | "standby")
 }
 
 /// Rates, smoothed.
