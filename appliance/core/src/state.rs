@@ -59,8 +59,8 @@ pub enum Cause {
     PausedHere,
     /// The first copy is under way.
     FirstCopy,
-    /// The mirror of the source ended and began anew.
-    MirrorRestarted,
+    /// The mirror of the source was interrupted, and sends what was written meanwhile.
+    MirrorInterrupted,
     /// The source's mirror is not running: the server's writes do not come in.
     SourceGone,
     /// The log reached its cap and the policy is `stop`: the server goes on unprotected.
@@ -157,7 +157,7 @@ impl Cause {
             Self::PeerRefuses => "the peer refuses",
             Self::PausedHere => "paused by an administrator",
             Self::FirstCopy => "initial replication",
-            Self::MirrorRestarted => "the mirror was started again, all content is sent anew",
+            Self::MirrorInterrupted => "the mirror was interrupted and sends what it missed",
             Self::SourceGone => "the source's mirror is not running",
             Self::LogFull => "the log is full and the policy is stop",
             Self::FailoverAtPeer => "the peer has failed over and goes on in a newer epoch",
@@ -242,7 +242,7 @@ pub const fn decide(facts: &Facts) -> (State, Cause) {
     }
     match (facts.content, facts.link) {
         (Content::Seeding, _) => (State::Seeding, Cause::FirstCopy),
-        (Content::Resync, _) => (State::Resync, Cause::MirrorRestarted),
+        (Content::Resync, _) => (State::Resync, Cause::MirrorInterrupted),
         (Content::Clean, Link::Streaming) => (State::Streaming, Cause::None),
         (Content::Clean, Link::NoPeer) => (State::Disconnected, Cause::NoPeer),
         (Content::Clean, Link::FailedOver) => (State::Disconnected, Cause::FailedOver),

@@ -21,7 +21,7 @@ use srn_core::epoch::Position;
 use srn_core::frame::{MarkKind, ResyncReason};
 use srn_core::ids::{CheckpointId, DiskId, DiskNo, EpochId, GroupId, NodeId, Seq};
 use srn_core::name::Name;
-use srn_core::state::{Cause, State};
+use srn_core::state::{Cause, Content, State};
 use srn_core::wire::{Message, RefuseCode};
 use srn_link::Session;
 use srn_store::StoreError;
@@ -55,6 +55,8 @@ pub struct Group {
     counters: Counters,
     /// Who has the exports of this group open.
     pub(crate) slots: Slots,
+    /// How often a mirror has opened each disk. Held while it is decided what that means.
+    mirror_connections: tokio::sync::Mutex<std::collections::BTreeMap<DiskNo, u64>>,
 }
 
 /// This node's side of replicating the group.
@@ -231,6 +233,7 @@ impl Group {
             changed: Notify::new(),
             counters: Counters::default(),
             slots: Slots::default(),
+            mirror_connections: tokio::sync::Mutex::default(),
         });
         // Set once, here.
         let _ = slot.set(Arc::downgrade(&this));
@@ -455,6 +458,43 @@ impl Group {
     /// When nothing can be appended.
     pub async fn begin_resync(&self, disk: DiskNo, reason: ResyncReason) -> Result<()> {
         self.append(vec![OwnedRecord::ResyncBegin(disk, reason)]).await.map(|_| ())
+    }
+
+    /// A mirror has opened the disk. If an earlier connection had brought it in step, what its
+    /// server wrote since comes in no order: a resync begins before the first of it.
+    ///
+    /// # Errors
+    /// When nothing can be appended.
+    pub async fn mirror_connected(&self, disk: DiskNo) -> Result<()> {
+        let mut connections = self.mirror_connections.lock().await;
+        *connections.entry(disk).or_default() += 1;
+        let catalog = self.catalog();
+        if catalog.disks.get(&disk).is_some_and(|disk| disk.content == Content::Clean) {
+            self.begin_resync(disk, ResyncReason::MirrorReconnected).await?;
+        }
+        Ok(())
+    }
+
+    /// How often a mirror has opened the disk since the daemon was started.
+    pub async fn mirror_connections(&self, disk: DiskNo) -> u64 {
+        self.mirror_connections.lock().await.get(&disk).copied().unwrap_or_default()
+    }
+
+    /// The mirror and its server's disk are equal, and were so over the connection with this
+    /// number: the disk's content is one point in time again. Returns whether that is news; not so
+    /// when the mirror has connected anew since.
+    ///
+    /// # Errors
+    /// When nothing can be appended.
+    pub async fn mirror_in_sync(&self, disk: DiskNo, connection: u64) -> Result<bool> {
+        let connections = self.mirror_connections.lock().await;
+        let catalog = self.catalog();
+        let is_news = connections.get(&disk) == Some(&connection)
+            && catalog.disks.get(&disk).is_some_and(|disk| disk.content != Content::Clean);
+        if is_news {
+            self.end_resync(disk).await?;
+        }
+        Ok(is_news)
     }
 
     /// The disk's content is one point in time again.
@@ -829,6 +869,10 @@ impl Group {
         let full = matches!(self.facts().failure, Some((Cause::LogFull, _)));
         if !full {
             return self.check_writable();
+        }
+        // A connection that was refused something has missed it: it must not go on.
+        if !self.slots.connections(&format!("{}/", self.name())).is_empty() {
+            return Err(Failure::refused("the mirror that met the full log has not ended yet"));
         }
         if self.log_fill() > 0.5 {
             return Err(Failure::refused(format!(

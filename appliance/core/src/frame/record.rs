@@ -103,6 +103,8 @@ pub enum ResyncReason {
     Seeding,
     /// The mirror of the source ended and began anew; what was written between is not known.
     MirrorRestarted,
+    /// The mirror lost its connection and found it again; it knows what was written between.
+    MirrorReconnected,
 }
 
 const WRITE: u8 = 1;
@@ -179,6 +181,7 @@ impl ResyncReason {
         match self {
             Self::Seeding => 1,
             Self::MirrorRestarted => 2,
+            Self::MirrorReconnected => 3,
         }
     }
 
@@ -188,6 +191,7 @@ impl ResyncReason {
         match code {
             1 => Some(Self::Seeding),
             2 => Some(Self::MirrorRestarted),
+            3 => Some(Self::MirrorReconnected),
             _ => None,
         }
     }
@@ -198,6 +202,7 @@ impl ResyncReason {
         match self {
             Self::Seeding => "initial replication",
             Self::MirrorRestarted => "the mirror ended and was started again",
+            Self::MirrorReconnected => "the mirror lost its connection for a while",
         }
     }
 }

@@ -14,6 +14,8 @@ use srn_store::group::View;
 use srn_store::manifest::Keep;
 
 use super::Node;
+use crate::error::Failure;
+use crate::fleet::Source;
 use crate::group::engine::Engine;
 use crate::group::{DiskExport, Group, ReadOnlyExport};
 
@@ -110,13 +112,14 @@ impl Exports {
     }
 
     /// The disk of a group that `name` means.
-    fn group_disk(&self, name: &str) -> Option<(Arc<Group>, srn_core::ids::DiskNo, u64, String)> {
+    fn group_disk(&self, name: &str) -> Option<(Arc<Group>, srn_core::ids::DiskNo, u64, Source)> {
         let node = self.node()?;
         let (group, disk) = name.split_once('/')?;
         let group = node.groups().into_iter().find(|found| found.name() == group)?;
         let (no, found) = group.disk(disk).ok()?;
-        let has_source = group.settings().sources.iter().any(|source| source.disk == no.0);
-        has_source.then(|| (group, no, found.sectors * SECTOR, name.to_owned()))
+        let sources = group.settings().sources;
+        let source = sources.into_iter().find(|source| source.disk == no.0)?.source;
+        Some((group, no, found.sectors * SECTOR, source))
     }
 }
 
@@ -150,7 +153,7 @@ impl Backend for Exports {
         if let Some(extra) = self.extras().get(name) {
             return Ok(extra.info());
         }
-        let (group, _, size, name) = self.group_disk(name).ok_or(OpenError::NotFound)?;
+        let (group, _, size, _) = self.group_disk(name).ok_or(OpenError::NotFound)?;
         let readable = group.store().keep() == Keep::Replica;
         Ok(DiskExport::describe(size, readable, format!("disk {name}")))
     }
@@ -178,12 +181,16 @@ impl Exports {
         name: &str,
         client: &ClientInfo,
     ) -> Result<Arc<dyn Export>, OpenError> {
-        let (group, disk, size, name) = self.group_disk(name).ok_or(OpenError::NotFound)?;
-        group.check_writable().map_err(|error| OpenError::Unavailable(error.message))?;
-        let slot = group.slots.take(&name, client)?;
+        let (group, disk, size, source) = self.group_disk(name).ok_or(OpenError::NotFound)?;
+        let unavailable = |error: Failure| OpenError::Unavailable(error.message);
+        group.check_writable().map_err(unavailable)?;
+        let slot = group.slots.take(name, client)?;
         let engine = group.engine();
         // Writes of a client that vanished are in the log or gone before a new one is answered.
         engine.settled().await;
+        if let Source::Mirror { .. } = source {
+            group.mirror_connected(disk).await.map_err(unavailable)?;
+        }
         let view = match group.store().keep() {
             Keep::Cache => None,
             Keep::Replica => {

@@ -6,8 +6,10 @@
 //! log before the server hears of it, limits the background copy by the fill of the log, notices
 //! when the job ends, and starts it again.
 //!
-//! Production comes first: an error at our side ends the job and never reaches the server, and a
-//! node that is away longer than [`RECONNECT_S`] is no longer waited for.
+//! Production comes first: the server's writes never wait for a node that is gone. The job pauses
+//! and remembers what the server wrote meanwhile; when the node is back it is resumed and sends just
+//! that. From the moment at which QEMU connects anew until both sides are equal again the disk is in
+//! a resync ([`Group::mirror_connected`]): what was missed and what is new arrive in no order.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -27,10 +29,6 @@ use tokio_util::task::AbortOnDropHandle;
 use crate::error::{Failure, Kind, Result};
 use crate::group::{CopyProgress, Group};
 use crate::node::Node;
-
-/// How long QEMU waits for a node that is away, in seconds: a restart takes one or two, and the
-/// server's writes wait meanwhile.
-const RECONNECT_S: u32 = 5;
 
 /// Patience with a monitor.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -221,11 +219,11 @@ impl Mirror {
                 self.device, node.size_bytes, self.size
             )));
         }
-        if !self.is_running(&monitor).await? {
+        if !self.has_job(&monitor).await? {
             self.start(&monitor).await?;
         }
-        self.group.source_state(self.disk, None);
         let mut watch = Watch::new();
+        self.look(&monitor, &mut watch).await?;
         loop {
             tokio::select! {
                 event = events.next() => match event.map(|event| event.kind()) {
@@ -234,12 +232,11 @@ impl Mirror {
                     {
                         return Ok(self.conclude(&monitor).await);
                     }
-                    Ok(EventKind::JobStatus { job, status })
-                        if job == self.names.job && is_paused(&status) =>
-                    {
+                    Ok(EventKind::JobReady { job }) if job == self.names.job => {
                         self.look(&monitor, &mut watch).await?;
                     }
-                    Ok(EventKind::JobReady { job }) if job == self.names.job => {
+                    Ok(EventKind::JobError { job, operation, .. }) if job == self.names.job => {
+                        watch.failed = Some(operation);
                         self.look(&monitor, &mut watch).await?;
                     }
                     Ok(EventKind::Shutdown { reason, .. }) => {
@@ -259,15 +256,15 @@ impl Mirror {
         }
     }
 
-    /// Whether our job runs already, from before this daemon was started. One that has ended is
-    /// cleared away.
-    async fn is_running(&self, monitor: &Qmp) -> std::result::Result<bool, Ended> {
+    /// Whether there is a job of ours already, from before this daemon was started. One that has
+    /// ended is cleared away.
+    async fn has_job(&self, monitor: &Qmp) -> std::result::Result<bool, Ended> {
         let jobs = monitor.jobs().await?;
         let Some(job) = jobs.into_iter().find(|job| job.id == self.names.job) else {
             return Ok(false);
         };
         match job.status.as_str() {
-            "running" | "ready" => Ok(true),
+            "running" | "ready" | "paused" | "standby" => Ok(true),
             _ => {
                 end_job(monitor, &self.names).await;
                 Ok(false)
@@ -275,11 +272,16 @@ impl Mirror {
         }
     }
 
-    /// The job stands still, which it does when one side fails: the server goes on, and nothing
-    /// is copied any more.
-    async fn stopped(&self, monitor: &Qmp) -> String {
-        end_job(monitor, &self.names).await;
-        "the mirror failed to read the server's disk or to reach this node".into()
+    /// The job stands still because one side failed; the server goes on. QEMU connects again only
+    /// when it is asked to go on, and fails again until it has.
+    async fn resume(&self, monitor: &Qmp, watch: &Watch) -> std::result::Result<(), Ended> {
+        let what = match watch.failed.as_deref() {
+            Some("read") => "the server's disk cannot be read",
+            _ => "the server's QEMU has lost this node",
+        };
+        self.group.copy_progress(self.disk, None);
+        self.group.source_state(self.disk, Some(format!("{what}; the mirror is being resumed")));
+        monitor.block_job_resume(&self.names.job).await.map_err(Ended::from)
     }
 
     async fn start(&self, monitor: &Qmp) -> std::result::Result<(), Ended> {
@@ -298,7 +300,8 @@ impl Mirror {
                 node_name: self.names.target.clone(),
                 address: NbdAddress::Unix(self.socket.clone()),
                 export: self.export.clone(),
-                reconnect_delay_seconds: RECONNECT_S,
+                // The server's writes do not wait for us.
+                reconnect_delay_seconds: 0,
                 tls_credentials: None,
             })
             .await?;
@@ -324,29 +327,30 @@ impl Mirror {
 
     /// Looks at the job: progress, speed, and whether it follows the server now.
     async fn look(&self, monitor: &Qmp, watch: &mut Watch) -> std::result::Result<(), Ended> {
+        // Counted before the job is asked: if QEMU connects anew in between, the answer is stale.
+        let connections = self.group.mirror_connections(self.disk).await;
         let jobs = monitor.block_jobs().await?;
         let Some(job) = jobs.into_iter().find(|job| job.id == self.names.job) else {
             return Ok(());
         };
         // A job pauses for a moment for many a reason; only this one lasts.
         if job.io_status != "ok" {
-            return Err(Ended::Failed(self.stopped(monitor).await));
+            return self.resume(monitor, watch).await;
         }
-        if job.ready {
+        self.group.source_state(self.disk, None);
+        if job.is_in_sync() {
             self.group.copy_progress(self.disk, None);
-            if self.content() != Content::Clean {
-                // Everything that was copied, and every write since, has been answered by us, so
-                // it is in the log before this mark.
-                self.group
-                    .end_resync(self.disk)
-                    .await
-                    .map_err(|error| Ended::Closed(error.message))?;
+            // Everything that was copied, and every write since, has been answered by us, so it is
+            // in the log before this mark.
+            let now = self.group.mirror_in_sync(self.disk, connections);
+            if now.await.map_err(|error| Ended::Closed(error.message))? {
                 log::info!("group {}: {} is in step", self.group.name(), self.export);
             }
         } else {
             let rate = watch.rate(job.offset);
             let progress = CopyProgress { done: job.offset, total: job.len, rate };
-            self.group.copy_progress(self.disk, Some(progress));
+            let shown = (!job.ready || self.content() != Content::Clean).then_some(progress);
+            self.group.copy_progress(self.disk, shown);
         }
         self.set_speed(monitor, &job, watch).await;
         Ok(())
@@ -375,20 +379,17 @@ impl Mirror {
     }
 }
 
-/// Whether a job in this state stands still: perhaps after an error.
-fn is_paused(status: &str) -> bool {
-    matches!(status, "paused" | "standby")
-}
-
-/// Rates, smoothed.
+/// What is known of a job from earlier looks.
 struct Watch {
     copied: Rate,
     sent: Rate,
+    /// What failed last: `read` or `write`.
+    failed: Option<String>,
 }
 
 impl Watch {
     fn new() -> Self {
-        Self { copied: Rate::default(), sent: Rate::default() }
+        Self { copied: Rate::default(), sent: Rate::default(), failed: None }
     }
 
     fn rate(&mut self, copied: u64) -> u64 {
@@ -400,6 +401,7 @@ impl Watch {
     }
 }
 
+/// A rate, smoothed.
 #[derive(Default)]
 struct Rate {
     last: Option<(Instant, u64)>,
