@@ -29,6 +29,7 @@ const LINK_NICE: i32 = 5;
 pub fn run(config: Option<&Path>) -> Result<()> {
     let config = load(config)?;
     crate::logging::start(config.log_level);
+    crate::supervise::abort_on_panic();
     raise_file_limit();
     let link = runtime("link", |builder| {
         builder.on_thread_start(|| crate::supervise::yield_priority(LINK_NICE));

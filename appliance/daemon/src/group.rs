@@ -84,6 +84,7 @@ struct Facts {
     /// Since when the group is not safe.
     unsafe_since: Option<srn_core::time::WallTime>,
     last_state: Option<(State, Cause)>,
+    last_disk_states: std::collections::BTreeMap<DiskNo, State>,
     /// A planned failover is draining this primary.
     draining: bool,
     /// At start without the peer: exports stay closed until it has been heard.
@@ -738,7 +739,9 @@ impl Group {
             let facts = self.facts();
             every > 0
                 && facts.last_checkpoint.is_none_or(|last| {
-                    u128::from(clock::mono().since(last)) >= Duration::from_secs(every).as_micros()
+                    // A look comes once a second: rather half a second early than late.
+                    let due = Duration::from_secs(every).saturating_sub(Duration::from_millis(500));
+                    u128::from(clock::mono().since(last)) >= due.as_micros()
                 })
         };
         if !due || self.check_writable().is_err() || !self.catalog().is_clean() {

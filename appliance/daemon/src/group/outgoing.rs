@@ -406,21 +406,29 @@ impl Pump {
         let mut codecs = Some(Codecs::new());
         let again = self.group.counters.highest_sent.load(Ordering::Relaxed);
         loop {
-            let next = lock(&self.sender).next_to_send();
-            if next.is_none() {
-                let waiting = Instant::now();
-                self.wake.notified().await;
+            let waiting = Instant::now();
+            if self.until_granted().await {
                 control.idle(micros(waiting));
-                continue;
             }
             let began = Instant::now();
             let batch = self.next_batch(&mut cursor, &mut codecs, control.effort()).await?;
             let mut content = 0;
             for frame in batch {
+                self.until_granted().await;
                 content += self.send(&mut writer, &frame, again).await?;
             }
             control.sent(content, micros(began));
         }
+    }
+
+    /// Waits until the machine names a frame to send. Returns whether that took time.
+    async fn until_granted(&self) -> bool {
+        let mut waited = false;
+        while lock(&self.sender).next_to_send().is_none() {
+            self.wake.notified().await;
+            waited = true;
+        }
+        waited
     }
 
     /// Reads the next frames and encodes them. Small ones that are in memory are done here, the
@@ -476,8 +484,9 @@ impl Pump {
         parts.extend(frame.content().iter().cloned());
         let wire = envelope.wire_len() as u64;
         let seq = frame.header().seq;
-        writer.write(&mut parts).await?;
+        // Before it leaves: its acknowledgement may be here before the write returns.
         lock(&self.sender).on_sent(seq, wire);
+        writer.write(&mut parts).await?;
         let counters = &self.group.counters;
         let content = u64::from(frame.header().content_len);
         counters.content_sent.fetch_add(content, Ordering::Relaxed);

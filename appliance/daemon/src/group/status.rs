@@ -6,6 +6,7 @@ use srn_core::limits::SECTOR;
 use srn_core::state::{Cause, Content, Facts as StateFacts, Link, State, decide};
 use srn_store::group::Checkpoint;
 use srn_store::manifest::{Keep, Role};
+use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
 
 use super::{Group, Side};
@@ -233,7 +234,21 @@ impl Group {
     pub fn review(&self) {
         let now = self.state();
         let name = self.name();
+        let disks: BTreeMap<DiskNo, State> =
+            self.disk_states().into_iter().map(|(no, state, ..)| (no, state)).collect();
         let mut facts = self.facts();
+        for (no, state) in &disks {
+            if let Some(before) = facts.last_disk_states.get(no)
+                && before != state
+                && !before.may_become(*state)
+            {
+                log::error!(
+                    "group {name}: disk {} went from {before} to {state}, which should not happen",
+                    no.0
+                );
+            }
+        }
+        facts.last_disk_states = disks;
         let before = facts.last_state.replace(now);
         if before == Some(now) {
             return;
@@ -245,12 +260,6 @@ impl Group {
             (false, Some(_)) => {}
         }
         drop(facts);
-        if let Some((state, _)) = before
-            && state != now.0
-            && !state.may_become(now.0)
-        {
-            log::error!("group {name}: went from {state} to {}, which should not happen", now.0);
-        }
         let words = now.1.words();
         let text = if words.is_empty() { now.0.to_string() } else { format!("{}: {words}", now.0) };
         let level = match now.0 {
