@@ -1,0 +1,39 @@
+# The few commands that matter. Each installs what it needs from Debian, or says what is missing.
+#
+#   make demo        protect a real server, lose its site, recover it; on this machine
+#   make test        everything that guards a merge
+#   make test-full   everything that can be tested on one machine; writes tests/results/
+#   make test-lab    what needs hardware or accounts; says what it lacks
+#   make bench       measure against others; prints the README's table
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+
+.PHONY: demo test test-fast test-e2e test-full test-lab bench build help
+
+help:
+	@sed -n '3,7s/^# *//p' Makefile
+
+build:
+	tests/setup/packages.sh build
+	cargo build --locked --release -p srn
+
+demo:
+	tests/setup/packages.sh build server qemu
+	cargo build --locked --release -p srn -p srn-e2e
+	target/release/demo
+
+test:
+	tests/run.sh merge
+
+test-full:
+	tests/run.sh full
+
+test-lab:
+	tests/run.sh lab
+
+bench:
+	tests/setup/packages.sh build server qemu nbd bench
+	cargo build --locked --release -p srn -p srn-e2e
+	target/release/bench
