@@ -278,6 +278,38 @@ mod tests {
         prove(&token(n), Side::Initiator, at)
     }
 
+    fn hex(bytes: &[u8]) -> alloc::string::String {
+        bytes.iter().map(|byte| alloc::format!("{byte:02x}")).collect()
+    }
+
+    /// The same comes out of any HMAC-SHA-256 with the key `01 * 15` over the label, `09 * 32`,
+    /// `01 * 32` and `02 * 32`.
+    #[test]
+    fn proof_bytes_are_pinned() {
+        for (side, bytes) in [
+            (Side::Initiator, "82c37bb613044653e62314bcbd355a993c1ad941abfc4f05507cc8c526321db6"),
+            (Side::Responder, "a5e998cb04d0308411826678f0291645c11e60ac89be3451e9008cd1af65497e"),
+        ] {
+            assert_eq!(hex(&prove(&token(1), side, &session(9))), bytes);
+        }
+        assert_eq!(EXPORTER_LABEL, b"EXPORTER-srn-pair-1");
+    }
+
+    #[test]
+    fn refusal_numbers_are_pinned() {
+        let numbers = [
+            (Refusal::Wrong, 1),
+            (Refusal::Expired, 2),
+            (Refusal::Used, 3),
+            (Refusal::Void, 4),
+            (Refusal::Busy, 5),
+        ];
+        for (refusal, number) in numbers {
+            assert_eq!((refusal.code(), Refusal::from_code(number)), (number, Some(refusal)));
+        }
+        assert_eq!((Refusal::from_code(0), Refusal::from_code(6)), (None, None));
+    }
+
     #[test]
     fn both_sides_prove_and_the_token_is_spent() {
         let (mut book, session) = (book(), session(9));

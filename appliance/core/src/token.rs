@@ -165,6 +165,17 @@ mod tests {
     }
 
     #[test]
+    fn check_characters_are_pinned() {
+        for (secret, text) in [
+            ([0; SECRET_LEN], "00000-00000-00000-00000-00000"),
+            ([0xff; SECRET_LEN], "ZZZZZ-ZZZZZ-ZZZZZ-ZZZZZ-ZZZZW"),
+            (*b"srn token fixed", "EDS6W-83MDX-NPAVH-0CSMQ-GSB4V"),
+        ] {
+            assert_eq!(Token::new(secret).reveal(), text);
+        }
+    }
+
+    #[test]
     fn every_single_typo_is_found() {
         let good = typed();
         for at in 0..TOKEN_CHARS {

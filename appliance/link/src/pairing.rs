@@ -294,6 +294,115 @@ mod tests {
         (endpoint, addr, accepted)
     }
 
+    fn hex(bytes: &[u8]) -> String {
+        bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+    }
+
+    #[test]
+    fn numbers_of_the_link_are_pinned() {
+        use crate::endpoint::{CLOSE_NOT_PAIRED, CLOSE_REPLACED, CLOSE_VERSION};
+        use crate::tls::{ALPN_DATA, ALPN_PAIR};
+        assert_eq!((ALPN_DATA, ALPN_PAIR), (&b"srn/1"[..], &b"srn-pair/1"[..]));
+        let codes = [CLOSE_DONE, CLOSE_NOT_PAIRED, CLOSE_MISBEHAVED, CLOSE_REPLACED, CLOSE_VERSION];
+        assert_eq!(codes.map(u64::from), [0, 1, 2, 3, 4]);
+    }
+
+    #[test]
+    fn introduction_bytes_are_pinned() {
+        let name: Name = "node-a".parse().unwrap();
+        let bytes = introduction(&name, &[0x5a; 32]);
+        assert_eq!(hex(&bytes), format!("0100066e6f64652d61{}", "5a".repeat(32)));
+        assert_eq!(read_introduction(&bytes).unwrap(), (name, [0x5a; 32]));
+        for cut in 0..bytes.len() {
+            assert!(read_introduction(&bytes[..cut]).is_err(), "cut at {cut}");
+        }
+    }
+
+    async fn exactly(receive: &mut quinn::RecvStream, len: usize) -> String {
+        let mut bytes = vec![0; len];
+        receive.read_exact(&mut bytes).await.unwrap();
+        hex(&bytes)
+    }
+
+    /// A responder that is written out byte by byte, against the real initiator: Hi is 44 bytes
+    /// (a name of six), Confirm three.
+    #[tokio::test]
+    async fn pairing_bytes_of_the_initiator_are_pinned() {
+        let (a, ..) = endpoint();
+        let (b, b_addr, mut b_accepted) = endpoint();
+        let token = Token::new([7; 15]);
+        let responder = async {
+            let Some(Accepted::Pair(connection)) = b_accepted.recv().await else { panic!() };
+            let (mut send, mut receive) = connection.quic.accept_bi().await.unwrap();
+            let transcript = transcript(&connection, b.id(), Side::Responder).unwrap();
+            assert_eq!(transcript.initiator, a.id());
+            let proof = prove(&token, Side::Initiator, &transcript);
+            let expected = format!("01 2900 0100 06 6e6f64652d61 {}", hex(&proof));
+            assert_eq!(exactly(&mut receive, 44).await, expected.replace(' ', ""));
+            // Welcome: kind, length, version, length of the name, name, proof.
+            let mut welcome = vec![2, 36, 0, 1, 0, 1, b'b'];
+            welcome.extend(prove(&token, Side::Responder, &transcript));
+            send.write_all(&welcome).await.unwrap();
+            assert_eq!(exactly(&mut receive, 3).await, "040000");
+            send.write_all(&[5, 0, 0]).await.unwrap();
+            connection.quic.closed().await
+        };
+        let name = "node-a".parse().unwrap();
+        let initiator = initiate(&a, b_addr, &name, &token, |_| async { Ok(()) });
+        let (paired, closed) = tokio::join!(initiator, responder);
+        let paired = paired.unwrap();
+        assert_eq!((paired.peer, paired.name.as_str()), (b.id(), "b"));
+        let quinn::ConnectionError::ApplicationClosed(close) = closed else { panic!("{closed}") };
+        assert_eq!((close.error_code, &close.reason[..]), (CLOSE_DONE, &b"pairing ended"[..]));
+    }
+
+    /// An initiator that is written out byte by byte, against the real responder: first with a
+    /// wrong proof, then with the right one.
+    #[tokio::test]
+    async fn pairing_bytes_of_the_responder_are_pinned() {
+        let (a, ..) = endpoint();
+        let (b, b_addr, mut b_accepted) = endpoint();
+        let token = Token::new([7; 15]);
+        let tokens: Arc<Mutex<TokenBook>> = Arc::default();
+        tokens.lock().unwrap().add(token.clone(), Mono(0), 1_000_000);
+        let responder = async {
+            let name = "node-b".parse().unwrap();
+            let mut results = Vec::new();
+            for _ in 0..2 {
+                let Some(Accepted::Pair(connection)) = b_accepted.recv().await else { panic!() };
+                let pin = |_| async { Ok(()) };
+                results.push(respond(connection, b.id(), &name, &tokens, Mono(1), pin).await);
+            }
+            results
+        };
+        let initiator = async {
+            for right in [false, true] {
+                let connection = a.dial_to_pair(b_addr).await.unwrap();
+                let (mut send, mut receive) = connection.quic.open_bi().await.unwrap();
+                let transcript = transcript(&connection, a.id(), Side::Initiator).unwrap();
+                let mut proof = prove(&token, Side::Initiator, &transcript);
+                proof[0] ^= u8::from(!right);
+                let mut hi = vec![1, 36, 0, 1, 0, 1, b'a'];
+                hi.extend(proof);
+                send.write_all(&hi).await.unwrap();
+                if !right {
+                    assert_eq!(exactly(&mut receive, 4).await, "03010001");
+                } else {
+                    let proof = prove(&token, Side::Responder, &transcript);
+                    let expected = format!("02 2900 0100 06 6e6f64652d62 {}", hex(&proof));
+                    assert_eq!(exactly(&mut receive, 44).await, expected.replace(' ', ""));
+                    send.write_all(&[4, 0, 0]).await.unwrap();
+                    assert_eq!(exactly(&mut receive, 3).await, "050000");
+                }
+                connection.quic.close(CLOSE_DONE, b"");
+            }
+        };
+        let (results, ()) = tokio::join!(responder, initiator);
+        assert!(matches!(results[0], Err(LinkError::Refused(Refusal::Wrong))), "{results:?}");
+        assert_eq!(results[1].as_ref().unwrap().name.as_str(), "a");
+        assert_eq!(tokens.lock().unwrap().outstanding(Mono(2)), 0);
+    }
+
     /// Somebody in between has a TLS session with either side and passes every byte on. The proofs
     /// are bound to their sessions, so nobody pins anything.
     #[tokio::test]

@@ -278,3 +278,34 @@ impl BaseDisk {
         self.sums.sync().doing(doing)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::io::OsFs;
+
+    /// Three pages: content, zeros (a hole), content.
+    #[test]
+    fn base_checksum_bytes_are_pinned() {
+        let dir = tempfile::tempdir().unwrap();
+        let pool = BufPool::new(1 << 20);
+        let base = Base::new(&Volume::new(Arc::new(OsFs)), dir.path(), &pool);
+        let id = DiskId([0xab; 16]);
+        // 17 sectors: the last page is used in part, and is kept whole.
+        base.add(DiskNo(0), id, 17).unwrap();
+        let mut pages = AlignedBuf::zeroed(3 * PAGE);
+        pages[..PAGE].fill(0x5a);
+        pages[2 * PAGE..2 * PAGE + 512].fill(0xa5);
+        let disk = base.disk(DiskNo(0)).unwrap();
+        disk.put_pages(0, &pages).unwrap();
+        disk.sync().unwrap();
+
+        let name = "ab".repeat(16);
+        assert_eq!(base.file_names(), [format!("{name}.raw"), format!("{name}.sum")]);
+        let sums = std::fs::read(dir.path().join(format!("{name}.sum"))).unwrap();
+        let hex: String = sums.iter().map(|byte| format!("{byte:02x}")).collect();
+        assert_eq!(hex, "4eda9dd95f6b88b7 0000000000000000 8160d69d81fc8d48".replace(' ', ""));
+        let raw = std::fs::read(dir.path().join(format!("{name}.raw"))).unwrap();
+        assert_eq!(raw, pages[..]);
+    }
+}

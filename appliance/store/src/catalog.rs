@@ -223,3 +223,53 @@ pub(crate) fn position(reader: &mut Reader<'_>) -> Result<Position, Truncated> {
     let seq = Seq(reader.u64()?);
     Ok(Position { epoch, seq, hash: FrameHash(reader.array()?) })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn catalog_bytes_are_pinned() {
+        let disk = |id: u8, name: &str, sectors, content, reason, added, since| CatalogDisk {
+            id: DiskId([id; 16]),
+            name: name.into(),
+            sectors,
+            content,
+            reason,
+            added: Seq(added),
+            since: LogTime(since),
+        };
+        let position = |seq, hash| Position {
+            epoch: EpochId([1; 16]),
+            seq: Seq(seq),
+            hash: FrameHash([hash; 16]),
+        };
+        let seeding = Some(ResyncReason::Seeding);
+        let again = Some(ResyncReason::MirrorReconnected);
+        let catalog = Catalog {
+            disks: BTreeMap::from([
+                (DiskNo(1), disk(0x44, "root", 64, Content::Clean, None, 2, 4)),
+                (DiskNo(3), disk(0x55, "d", 8, Content::Seeding, seeding, 6, 7)),
+                (DiskNo(4), disk(0x66, "e", 16, Content::Resync, again, 6, 7)),
+            ]),
+            next_disk: 5,
+            at: position(9, 2),
+            log_time: LogTime(3),
+            wall_time: WallTime(-1),
+            last_clean: Some(position(8, 3)),
+        };
+        let bytes = catalog.encode();
+        let expected = "01010101010101010101010101010101 0900000000000000 \
+                        02020202020202020202020202020202 0300000000000000 ffffffffffffffff 01 \
+                        01010101010101010101010101010101 0800000000000000 \
+                        03030303030303030303030303030303 05000000 03000000 01000000 \
+                        44444444444444444444444444444444 4000000000000000 00 00 0200000000000000 \
+                        0400000000000000 04 726f6f74 03000000 55555555555555555555555555555555 \
+                        0800000000000000 01 01 0600000000000000 0700000000000000 01 64 04000000 \
+                        66666666666666666666666666666666 1000000000000000 02 03 0600000000000000 \
+                        0700000000000000 01 65";
+        let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+        assert_eq!(hex, expected.replace(' ', ""));
+        assert_eq!(Catalog::decode(&mut Reader::new(&bytes)), Ok(Some(catalog)));
+    }
+}

@@ -320,3 +320,94 @@ fn fill_padded(buf: &mut PooledBuf, parts: &[&[u8]]) {
     }
     rest.fill(0);
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::io::{Access, Fs, OsFs, Volume};
+    use srn_core::extent::Extent;
+    use srn_core::frame::{Builder, HeaderFields};
+    use srn_core::ids::DiskNo;
+    use srn_core::time::{LogTime, WallTime};
+
+    fn hex(bytes: &[u8]) -> String {
+        bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+    }
+
+    fn header() -> SegmentHeader {
+        SegmentHeader {
+            id: 0x0102_0304_0506_0708,
+            group: GroupId([0x11; 16]),
+            epoch: EpochId([0x22; 16]),
+            first: Seq(5),
+            prev: FrameHash([0x33; 16]),
+        }
+    }
+
+    #[test]
+    fn segment_header_bytes_are_pinned() {
+        let page = header().encode();
+        let fields = "53524e67 0100 0000 0807060504030201 11111111111111111111111111111111 \
+                      22222222222222222222222222222222 0500000000000000 \
+                      33333333333333333333333333333333 00000000000000000000000000000000";
+        assert_eq!(hex(&page[..88]), fields.replace(' ', ""));
+        assert!(page[88..PAGE - 8].iter().all(|byte| *byte == 0));
+        assert_eq!(hex(&page[PAGE - 8..]), "952a5eaad2dd0633");
+        assert_eq!(SegmentHeader::decode(&page).unwrap(), Some(header()));
+        for at in 0..PAGE {
+            let mut bad = page.to_vec();
+            bad[at] ^= 1;
+            assert_eq!(SegmentHeader::decode(&bad).unwrap(), None, "byte {at}");
+        }
+        assert_eq!(file_name(0xab), PathBuf::from("000000ab.seg"));
+    }
+
+    /// Header, then one frame: its front in one page, its 512 bytes of raw content in the next.
+    #[test]
+    fn segment_file_bytes_are_pinned() {
+        let dir = tempfile::tempdir().unwrap();
+        let volume = Volume::new(Arc::new(OsFs));
+        let path = dir.path().join(file_name(0));
+        let file = volume.create(&path, Access::Direct).unwrap();
+        file.allocate(SEGMENT_BYTES_MIN).unwrap();
+        let segment = Segment { ordinal: 0, slot: 0, header: header(), file, free: Arc::default() };
+        let pool = BufPool::new(1 << 20);
+        let mut writer =
+            SegmentWriter::begin(Arc::new(segment), SEGMENT_BYTES_MIN, pool.clone()).unwrap();
+        let content = vec![0x5a; 512];
+        let mut builder = Builder::new();
+        assert!(builder.write(DiskNo(1), Extent::new(8, 1), &[content_sum(&content)]));
+        let (head, hash) = builder.finish(&HeaderFields {
+            group: header().group,
+            epoch: header().epoch,
+            seq: Seq(5),
+            prev: header().prev,
+            durable: Seq(4),
+            log_time: LogTime(6),
+            wall_time: WallTime(7),
+        });
+        let frame = Arc::new(Frame::from_parts(head, hash, vec![content.clone().into()]).unwrap());
+        assert_eq!(writer.append(&[frame], Seq(4)).unwrap(), [4096]);
+        assert_eq!(writer.offset(), 3 * 4096);
+
+        let bytes = std::fs::read(&path).unwrap();
+        assert_eq!(bytes[..4096], header().encode()[..]);
+        let front = "53524e65 0100 0000 0807060504030201 9c000000 00000000 00020000 00000000 \
+                     eb8535b74f6f57a2bb946111e7989225 0400000000000000 afae4b4e9ddf04a3 53524e66 \
+                     0100 8000 9c000000 01000000 01000000 00020000 0500000000000000 \
+                     11111111111111111111111111111111 22222222222222222222222222222222 \
+                     33333333333333333333333333333333 0400000000000000 0600000000000000 \
+                     0700000000000000 000000000000000000000000000000000000000000000000 01001000 \
+                     01000000 01000000 0800000000000000 bbed1c36adee019c";
+        assert_eq!(hex(&bytes[4096..4096 + 220]), front.replace(' ', ""));
+        assert!(bytes[4096 + 220..8192].iter().all(|byte| *byte == 0));
+        assert_eq!(bytes[8192..8192 + 512], content);
+        assert!(bytes[8192 + 512..].iter().all(|byte| *byte == 0));
+
+        let mut frames = scan(&writer.segment().target(), &pool).unwrap();
+        assert_eq!(frames.next(true).unwrap().map(|(at, _)| at), Some(4096));
+        assert!(frames.next(true).unwrap().is_none());
+        let tail = frames.tail().unwrap();
+        assert_eq!((tail.offset, tail.last, tail.watermark), (3 * 4096, Seq(5), Seq(4)));
+    }
+}

@@ -9,6 +9,7 @@ use proptest::prelude::*;
 
 use super::envelope::{Codec, Envelope, EnvelopeError, LEN, Stored, encode_table};
 use super::*;
+use crate::bytes::Reader;
 use crate::epoch::{Epoch, Position};
 use crate::extent::Extent;
 use crate::ids::{CheckpointId, DiskId, DiskNo};
@@ -101,6 +102,8 @@ fn envelope_bytes_are_pinned() {
     ]
     .concat();
     assert_eq!(hex(&bytes[..LEN - 8]), expected);
+    // XXH3 of the 56 bytes above and the four of the table.
+    assert_eq!(hex(&bytes[LEN - 8..]), "7dd556b60b7596a6");
     assert_eq!(Envelope::decode(&bytes), Ok(envelope));
     assert_eq!(envelope.check_sum(&bytes, &table), Ok(()));
     for at in 0..LEN {
@@ -112,6 +115,74 @@ fn envelope_bytes_are_pinned() {
     assert_eq!(envelope.check_sum(&bytes, &[0; 4]), Err(EnvelopeError::Sum));
     assert_eq!(envelope.disk_len(), 8192);
     assert_eq!(envelope.wire_len(), 64 + 0xd4 + 4 + 0x123);
+}
+
+/// As it is on the wire, with raw content: no flag, no table, no segment, no watermark.
+#[test]
+fn raw_envelope_bytes_are_pinned() {
+    let envelope = Envelope {
+        segment: 0,
+        head_len: 0x9c,
+        encoded_blocks: 0,
+        stored_len: 0x1000,
+        hash: FrameHash([0x55; 16]),
+        durable: Seq::ZERO,
+    };
+    let bytes = envelope.encode(&[]);
+    let expected = "53524e65 0100 0000 0000000000000000 9c000000 00000000 00100000 00000000 \
+                    55555555555555555555555555555555 0000000000000000 c5cdc1b111e5d445";
+    assert_eq!(hex(&bytes), expected.replace(' ', ""));
+    assert_eq!(Envelope::decode(&bytes), Ok(envelope));
+}
+
+#[test]
+fn encoding_table_bytes_are_pinned() {
+    let table = [(Codec::Raw, 0x8000), (Codec::Lz4, 0x123), (Codec::Zstd, 1)];
+    let table = table.map(|(codec, len)| Stored { codec, len });
+    assert_eq!(hex(&encode_table(&table)), "008000002301000101000002");
+}
+
+/// One of each kind, and each code once, with its bytes: kind, flags, body length, body.
+fn records() -> Vec<(Record<'static>, &'static str)> {
+    let (disk, extent) = (DiskNo(0x102), Extent::new(0x0304, 0x05));
+    let position =
+        Position { epoch: EpochId([0x66; 16]), seq: Seq(0x0708), hash: FrameHash([0x77; 16]) };
+    let mark = |kind| Record::Mark { id: CheckpointId([0x44; 16]), kind };
+    let resync = |reason| Record::ResyncBegin { disk, reason };
+    vec![
+        (Record::Write { disk, extent }, "01001000 02010000 05000000 0403000000000000"),
+        (Record::Zero { disk, extent }, "02001400 02010000 0403000000000000 0500000000000000"),
+        (Record::Trim { disk, extent }, "03001400 02010000 0403000000000000 0500000000000000"),
+        (mark(MarkKind::Periodic), "04001400 44444444444444444444444444444444 01000000"),
+        (mark(MarkKind::Manual), "04001400 44444444444444444444444444444444 02000000"),
+        (mark(MarkKind::Final), "04001400 44444444444444444444444444444444 03000000"),
+        (
+            Record::DiskAdd { disk, id: DiskId([0x55; 16]), sectors: 8, name: "root" },
+            "05002400 02010000 55555555555555555555555555555555 0800000000000000 04 726f6f74 000000",
+        ),
+        (Record::DiskRemove { disk }, "06000400 02010000"),
+        (Record::Resize { disk, sectors: 16 }, "07000c00 02010000 1000000000000000"),
+        (
+            Record::Epoch(Epoch { id: EpochId([0x88; 16]), forked_from: position }),
+            "08003800 88888888888888888888888888888888 66666666666666666666666666666666 \
+             0807000000000000 77777777777777777777777777777777",
+        ),
+        (resync(ResyncReason::Seeding), "09000800 02010000 01000000"),
+        (resync(ResyncReason::MirrorRestarted), "09000800 02010000 02000000"),
+        (resync(ResyncReason::MirrorReconnected), "09000800 02010000 03000000"),
+        (Record::ResyncEnd { disk }, "0a000400 02010000"),
+        (Record::ClockStep { step_us: -2 }, "0b000800 feffffffffffffff"),
+    ]
+}
+
+#[test]
+fn record_bytes_are_pinned() {
+    for (record, bytes) in records() {
+        let mut out = Vec::new();
+        record.encode(&mut out);
+        assert_eq!(hex(&out), bytes.replace(' ', ""), "{record:?}");
+        assert_eq!(record::decode(&mut Reader::new(&out)), Ok(record));
+    }
 }
 
 /// Owned form of the records that a strategy can make.

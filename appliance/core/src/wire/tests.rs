@@ -126,6 +126,26 @@ fn message_bytes_are_pinned_and_round_trip() {
 }
 
 #[test]
+fn refusal_bytes_are_pinned() {
+    let group = GroupId([0xaa; 16]);
+    for (code, number) in [
+        (RefuseCode::Fenced, "01"),
+        (RefuseCode::Diverged, "02"),
+        (RefuseCode::Paused, "03"),
+        (RefuseCode::Storage, "04"),
+        (RefuseCode::NameTaken, "05"),
+        (RefuseCode::Deleted, "06"),
+        (RefuseCode::TooFarBehind, "07"),
+    ] {
+        let message = Message::Refuse(Refuse { group, code, text: "no".into(), epochs: None });
+        let encoded = message.encode();
+        let bytes = format!("17000000 04 {} {number} 0200 6e6f 00", "aa".repeat(16));
+        assert_eq!(hex(&encoded), bytes.replace(' ', ""), "{code:?}");
+        assert_eq!(Message::decode(&encoded[PREFIX_LEN..]), Ok(message));
+    }
+}
+
+#[test]
 fn messages_must_be_exact() {
     for (message, _) in messages() {
         let body = message.encode().split_off(PREFIX_LEN);
@@ -183,6 +203,47 @@ fn stream_header_bytes_are_pinned() {
     assert_eq!(StreamHeader::decode(&bytes), Ok(header));
     bytes[4] = 2;
     assert_eq!(StreamHeader::decode(&bytes), Err(WireError::Version { theirs: 2 }));
+}
+
+/// A stream's frame: the head has one write of one block, the content 4 KiB, which follow raw.
+#[test]
+fn frame_bytes_on_the_wire_are_pinned() {
+    use crate::bytes::content_sum;
+    use crate::extent::Extent;
+    use crate::frame::{Builder, HeaderFields, envelope::Envelope};
+    let content = [0x5a; 4096];
+    let mut builder = Builder::new();
+    assert!(builder.write(DiskNo(1), Extent::new(8, 8), &[content_sum(&content)]));
+    let (head, hash) = builder.finish(&HeaderFields {
+        group: GroupId([0xaa; 16]),
+        epoch: EpochId([1; 16]),
+        seq: Seq(3),
+        prev: FrameHash([3; 16]),
+        durable: Seq(2),
+        log_time: LogTime(4),
+        wall_time: WallTime(5),
+    });
+    let envelope = Envelope {
+        segment: 0,
+        head_len: u32::try_from(head.len()).unwrap(),
+        encoded_blocks: 0,
+        stored_len: 4096,
+        hash,
+        durable: Seq::ZERO,
+    };
+    let fixed = envelope.encode(&[]);
+    let expected = "53524e65 0100 0000 0000000000000000 9c000000 00000000 00100000 00000000 \
+                    017b32b5b97a1b8a5f4428bcc2fcbbd1 0000000000000000 11307c73cd8fca3f 53524e66 \
+                    0100 8000 9c000000 01000000 01000000 00100000 0300000000000000 \
+                    aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa 01010101010101010101010101010101 \
+                    03030303030303030303030303030303 0200000000000000 0400000000000000 \
+                    0500000000000000 000000000000000000000000000000000000000000000000 01001000 \
+                    01000000 08000000 0800000000000000 4eda9dd95f6b88b7";
+    assert_eq!([hex(&fixed), hex(&head)].concat(), expected.replace(' ', ""));
+    assert_eq!(WireFrame::decode(&fixed), Ok(WireFrame { envelope }));
+    assert_eq!(envelope.wire_len(), 64 + 156 + 4096);
+    let on_disk = Envelope { segment: 1, ..envelope };
+    assert!(WireFrame::decode(&on_disk.encode(&[])).is_err());
 }
 
 proptest! {

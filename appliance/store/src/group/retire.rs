@@ -429,6 +429,29 @@ mod tests {
     use super::*;
 
     #[test]
+    fn intent_bytes_are_pinned() {
+        let hex = |bytes: &[u8]| -> String { bytes.iter().map(|b| format!("{b:02x}")).collect() };
+        let to = Position {
+            epoch: srn_core::ids::EpochId([1; 16]),
+            seq: Seq(9),
+            hash: srn_core::ids::FrameHash([3; 16]),
+        };
+        let mut bytes = AlignedBuf::zeroed(PAGE);
+        bytes.fill(0x5a);
+        let pages = [WholePage { disk: DiskNo(2), page: 0x102, bytes }];
+        let intent = encode_intent(&to, &pages);
+        let front = "53524e69 01000000 01010101010101010101010101010101 0900000000000000 \
+                     03030303030303030303030303030303 0100000000000000 02000000 0201000000000000";
+        assert_eq!(hex(&intent[..68]), front.replace(' ', ""));
+        assert!(intent[68..68 + PAGE].iter().all(|byte| *byte == 0x5a));
+        let hash = "909b8ee3f46304031126b57774ad1f1a70e9a5c6244a4a7dae16654abc6e6a58";
+        assert_eq!(hex(&intent[68 + PAGE..]), hash);
+        let (found, pages) = decode_intent(&intent).unwrap();
+        assert_eq!((found, pages.len()), (to, 1));
+        assert_eq!((pages[0].disk, pages[0].page), (DiskNo(2), 0x102));
+    }
+
+    #[test]
     fn extents_split_into_whole_pages_and_ragged_ends() {
         let parts = |start, sectors| {
             let extent = Extent::new(start, sectors);

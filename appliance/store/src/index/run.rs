@@ -94,3 +94,113 @@ fn open_block(block: &[u8; PAGE], level: u8) -> Option<(usize, &[u8])> {
     let sound = content_sum(bytes) == u64::from_le_bytes(*sum) && found == level;
     sound.then(|| (usize::from(u16::from_le_bytes([count_low, count_high])), content))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::index::{MarkPoint, Place, SeqPoint};
+    use crate::io::{OsFs, Volume};
+    use srn_core::epoch::Position;
+    use srn_core::extent::Extent;
+    use srn_core::frame::MarkKind;
+    use srn_core::ids::{CheckpointId, DiskNo, FrameHash, GroupId};
+    use srn_core::time::{LogTime, WallTime};
+    use std::sync::Arc;
+
+    fn hex(bytes: &[u8]) -> String {
+        bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+    }
+
+    /// Checks a block: what it holds (zeros follow), then its checksum.
+    fn check(file: &[u8], number: usize, content: &str, sum: &str) {
+        let block = &file[number * PAGE..][..PAGE];
+        let content = content.replace(' ', "");
+        let used = content.len() / 2;
+        assert_eq!(hex(&block[..used]), content, "block {number}");
+        assert!(block[used..PAGE - 8].iter().all(|byte| *byte == 0), "block {number}");
+        assert_eq!(hex(&block[PAGE - 8..]), sum, "block {number}");
+    }
+
+    /// One entry more than a leaf holds, so that there is one block of each sort.
+    #[test]
+    fn run_file_bytes_are_pinned() {
+        let dir = tempfile::tempdir().unwrap();
+        let volume = Volume::new(Arc::new(OsFs));
+        let mut writer = RunWriter::create(&volume, dir.path(), 0xab).unwrap();
+        for at in 0..128 {
+            let place = Place::Zero { trim: at == 127 };
+            writer.push(DiskNo(1), Extent::new(2 * at, 1), &place).unwrap();
+        }
+        let group = GroupId([0x66; 16]);
+        let hash = FrameHash([0x33; 16]);
+        let point = SeqPoint {
+            seq: Seq(5),
+            prev: FrameHash([0x22; 16]),
+            offset: 4096,
+            log_time: LogTime(6),
+        };
+        let mark = MarkPoint {
+            id: CheckpointId([0x44; 16]),
+            kind: MarkKind::Manual,
+            seq: Seq(7),
+            hash,
+            log_time: LogTime(8),
+            wall_time: WallTime(-9),
+            clean: true,
+        };
+        let meta = writer
+            .finish(&RunScope {
+                group,
+                level: 2,
+                first: Seq(5),
+                last: Position { epoch: EpochId([0x11; 16]), seq: Seq(7), hash },
+                points: &[point],
+                marks: &[mark],
+                catalog: &[0xca, 0x7a, 0x10],
+            })
+            .unwrap();
+
+        let file = std::fs::read(dir.path().join("000000ab.idx")).unwrap();
+        assert_eq!(file.len(), 7 * PAGE);
+        // A full leaf: 127 entries, the first and the last of them.
+        assert_eq!(hex(&file[..8]), "7f00000000000000");
+        assert_eq!(
+            hex(&file[8..40]),
+            "0000000000000100fe0000000000000000000000000000000100000000000000"
+        );
+        assert_eq!(
+            hex(&file[8 + 126 * 32..8 + 127 * 32]),
+            "fc00000000000100fe0000000000000000000000000000000100000000000000"
+        );
+        assert_eq!(
+            hex(&file[8 + 127 * 32..PAGE]),
+            "00000000000000000000000000000000918d619d910ca82a"
+        );
+        let leaf = "0100 00 0000000000 fe00000000000100 ff 000000000000000000000000000000 \
+                    0100000000000000";
+        check(&file, 1, leaf, "1c7eb70856a72d80");
+        let inner = "0200 01 0000000000 0000000000000100 00000000 fe00000000000100 01000000";
+        check(&file, 2, inner, "fecfcb0ff9e644f7");
+        let points = "0100 f0 0000000000 0500000000000000 22222222222222222222222222222222 00100000 \
+                    0600000000000000";
+        check(&file, 3, points, "3afcaaf4519d6bea");
+        let marks = "0100 f1 0000000000 44444444444444444444444444444444 02 01 000000000000 \
+                    0700000000000000 33333333333333333333333333333333 0800000000000000 \
+                    f7ffffffffffffff";
+        check(&file, 4, marks, "dc59cfa852a21856");
+        check(&file, 5, "0300 f2 0000000000 ca7a10", "d786cece68fb9e21");
+        let footer = "0000 f3 0000000000 53524e78 0100 02 00 66666666666666666666666666666666 \
+                    0500000000000000 11111111111111111111111111111111 0700000000000000 \
+                    33333333333333333333333333333333 8000000000000000 02000000 02000000 01000000 \
+                    03000000 01000000 04000000 01000000 05000000 03000000 00000000 \
+                    cd90d6c0a79121163a524b4eac51162c8d620d1125c4fa5b3d05b1fad3323e39";
+        check(&file, 6, footer, "55d5660a858c6d27");
+
+        let cache = Arc::new(BlockCache::new(1 << 20));
+        let run = Run::open(&volume, dir.path(), group, &meta, &cache).unwrap();
+        assert_eq!(run.iter().count(), 128);
+        assert_eq!(run.points().unwrap(), [point]);
+        assert_eq!(run.marks().unwrap(), [mark]);
+        assert_eq!(run.catalog().unwrap(), [0xca, 0x7a, 0x10]);
+    }
+}
