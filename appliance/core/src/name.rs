@@ -27,18 +27,24 @@ impl Name {
     pub fn as_str(&self) -> &str {
         &self.0
     }
+
+    /// Whether a text is a name.
+    #[must_use]
+    pub fn is_well_formed(text: &str) -> bool {
+        let first_ok =
+            text.bytes().next().is_some_and(|b| b.is_ascii_lowercase() || b.is_ascii_digit());
+        let rest_ok = text.bytes().all(|b| {
+            b.is_ascii_lowercase() || b.is_ascii_digit() || matches!(b, b'.' | b'_' | b'-')
+        });
+        first_ok && rest_ok && text.len() <= NAME_LEN_MAX
+    }
 }
 
 impl FromStr for Name {
     type Err = MalformedName;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let first_ok =
-            text.bytes().next().is_some_and(|b| b.is_ascii_lowercase() || b.is_ascii_digit());
-        let rest_ok = text.bytes().all(|b| {
-            b.is_ascii_lowercase() || b.is_ascii_digit() || matches!(b, b'.' | b'_' | b'-')
-        });
-        if first_ok && rest_ok && text.len() <= NAME_LEN_MAX {
+        if Self::is_well_formed(text) {
             Ok(Self(text.into()))
         } else {
             Err(MalformedName(text.chars().take(NAME_LEN_MAX + 1).collect()))

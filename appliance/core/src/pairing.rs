@@ -82,7 +82,10 @@ pub fn verify(token: &Token, side: Side, transcript: &Transcript, proof: &Proof)
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum Refusal {
     /// No outstanding token fits the proof.
-    #[error("wrong token: that node did not make it, or it was restarted since")]
+    #[error(
+        "wrong token: that node did not make it, or it was restarted since; make a new one there \
+         with `srn token new`"
+    )]
     Wrong,
     /// The token was right, but its time is over.
     #[error("expired token: make a new one there with `srn token new`")]

@@ -22,6 +22,9 @@ const OUTGOING_MAX: usize = 256;
 /// Events waiting to be taken. At the cap the peer is not read any more.
 const EVENTS_MAX: usize = 64;
 
+/// Code of a frame stream that ends without having been finished.
+const STREAM_GIVEN_UP: quinn::VarInt = quinn::VarInt::from_u32(1);
+
 /// Priority of the control stream over frame streams.
 const CONTROL_PRIORITY: i32 = 10;
 
@@ -314,6 +317,14 @@ async fn read_message(
 pub struct FrameWriter {
     send: quinn::SendStream,
     addr: SocketAddr,
+}
+
+impl Drop for FrameWriter {
+    /// Given up, perhaps in the middle of a frame: then it must not look like an end. Does nothing
+    /// to a stream that was ended in order.
+    fn drop(&mut self) {
+        let _ = self.send.reset(STREAM_GIVEN_UP);
+    }
 }
 
 impl FrameWriter {

@@ -70,13 +70,38 @@ impl Base {
         }
     }
 
-    /// Opens a disk's files, or makes them, durably, with a size of `sectors`.
+    /// Opens the files of a disk that the manifest says is in the base.
+    ///
+    /// # Errors
+    /// [`StoreError::Corrupt`] when they are not there or too short: what is missing would read as
+    /// zeros. As the volume says.
+    pub(crate) fn open_disk(&self, no: DiskNo, id: DiskId, sectors: u64) -> Result<()> {
+        self.insert(no, id, sectors, |name, len, access| {
+            let doing = || format!("opening base file {name}");
+            let file = match self.volume.open(&self.dir.join(name), access) {
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                    return Err(StoreError::Corrupt(format!("base file {name} is missing")));
+                }
+                other => other.doing(doing)?,
+            };
+            let found = file.size().doing(doing)?;
+            if found < len {
+                return Err(StoreError::Corrupt(format!(
+                    "base file {name} has {found} bytes instead of {len}"
+                )));
+            }
+            Ok(file)
+        })
+    }
+
+    /// Opens a disk's files for a base that will hold it, or makes them, durably, with room for
+    /// `sectors`.
     ///
     /// # Errors
     /// As the volume says.
     pub(crate) fn add(&self, no: DiskNo, id: DiskId, sectors: u64) -> Result<()> {
-        let file = |name: String, len: u64, access: Access| {
-            let path = self.dir.join(&name);
+        self.insert(no, id, sectors, |name, len, access| {
+            let path = self.dir.join(name);
             let doing = || format!("opening base file {name}");
             let file = match self.volume.open(&path, access) {
                 Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
@@ -86,18 +111,28 @@ impl Base {
                 }
                 other => other.doing(doing)?,
             };
-            if file.size().doing(doing)? != len {
+            // Never shortened here: until the manifest says so, the rest still counts.
+            if file.size().doing(doing)? < len {
                 file.set_len(len).doing(doing)?;
                 file.sync().doing(doing)?;
             }
-            Ok::<_, StoreError>(file)
-        };
+            Ok(file)
+        })
+    }
+
+    fn insert(
+        &self,
+        no: DiskNo,
+        id: DiskId,
+        sectors: u64,
+        file: impl Fn(&str, u64, Access) -> Result<Arc<dyn File>>,
+    ) -> Result<()> {
         let pages = sectors.div_ceil(PAGE_SECTORS);
         let disk = BaseDisk {
             id,
-            raw: file(raw_name(id), pages * PAGE as u64, Access::Direct)?,
+            raw: file(&raw_name(id), pages * PAGE as u64, Access::Direct)?,
             // Eight bytes at a time: the page cache is the right place for them.
-            sums: file(sums_name(id), pages * SUM_LEN, Access::Buffered)?,
+            sums: file(&sums_name(id), pages * SUM_LEN, Access::Buffered)?,
             moving: RwLock::new(()),
             pool: self.pool.clone(),
         };

@@ -7,6 +7,7 @@ use crate::epoch::{Epoch, Position};
 use crate::extent::Extent;
 use crate::ids::{CheckpointId, DiskId, DiskNo, EpochId, FrameHash, Seq};
 use crate::limits::{DISK_SECTORS_MAX, DISKS_MAX, FRAME_PAYLOAD_MAX, NAME_LEN_MAX, SECTOR};
+use crate::name::Name;
 
 /// One entry of a frame's table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -353,8 +354,11 @@ fn decode_body<'a>(kind: u8, body: &mut Reader<'a>) -> Result<Record<'a>, Record
             if len > NAME_LEN_MAX {
                 return Err(RecordError::OutOfRange("length of a name"));
             }
+            // Names reach terminals, file names and export names.
             let name = core::str::from_utf8(body.take(len)?)
-                .map_err(|_| RecordError::OutOfRange("text of a name"))?;
+                .ok()
+                .filter(|name| Name::is_well_formed(name))
+                .ok_or(RecordError::OutOfRange("text of a name"))?;
             Record::DiskAdd { disk, id, sectors, name }
         }
         DISK_REMOVE => Record::DiskRemove { disk: disk_no(body)? },

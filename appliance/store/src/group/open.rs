@@ -417,7 +417,11 @@ fn open_segments(
         let file = shared.volume.open(&log.join(&name), Access::Direct).doing(doing)?;
         let mut page = AlignedBuf::zeroed(PAGE);
         file.read_at(&mut page, 0).doing(doing)?;
-        let header = SegmentHeader::decode(&page)?;
+        let header = match SegmentHeader::decode(&page)? {
+            Some(header) => Some(header),
+            None if page.iter().all(|byte| *byte == 0) => None,
+            None => repair_header(shared, manifest, slot, &file)?,
+        };
         let listed = by_slot
             .get(&slot)
             .and_then(|ordinal| manifest.segments.get(ordinal).map(|meta| (*ordinal, meta)));
@@ -443,6 +447,27 @@ fn open_segments(
     }
 }
 
+/// Makes a header that is damaged anew from the frame behind it, which says the same, so that one
+/// bad page does not cost a whole segment. None when there is no such frame: then the file was cut
+/// off while it was begun, and holds nothing.
+fn repair_header(
+    shared: &Shared,
+    manifest: &Manifest,
+    slot: u32,
+    file: &Arc<dyn File>,
+) -> Result<Option<SegmentHeader>> {
+    let header = segment::header_from_frame(slot, manifest.group, file, &shared.pool)?;
+    if let Some(header) = &header {
+        log::warn!(
+            "group {}: the header of log segment {slot} was damaged, and is repaired",
+            manifest.group
+        );
+        file.write_at(&[IoSlice::new(&header.encode())], 0, true)
+            .doing(|| format!("repairing the header of log segment {slot}"))?;
+    }
+    Ok(header)
+}
+
 fn open_runs(shared: &Shared, dir: &Path, manifest: &Manifest) -> Result<BTreeMap<u32, Arc<Run>>> {
     let index = dir.join(INDEX_DIR);
     let open = |meta| Run::open(&shared.volume, &index, manifest.group, meta, &shared.cache);
@@ -453,7 +478,7 @@ fn open_base(shared: &Shared, dir: &Path, manifest: &Manifest) -> Result<Option<
     let Some(meta) = &manifest.base else { return Ok(None) };
     let base = Base::new(&shared.volume, &dir.join(BASE_DIR), &shared.pool);
     for (no, disk) in &meta.catalog.disks {
-        base.add(*no, disk.id, disk.sectors)?;
+        base.open_disk(*no, disk.id, disk.sectors)?;
     }
     Ok(Some(Arc::new(base)))
 }

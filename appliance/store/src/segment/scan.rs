@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use srn_core::frame::envelope::{self, Envelope};
-use srn_core::ids::{FrameHash, Seq};
+use srn_core::ids::{EpochId, FrameHash, GroupId, Seq};
 use srn_core::limits::{FRAME_DISK_MAX, PAGE};
 
 use super::{HEADER_LEN, SegmentHeader};
@@ -90,6 +90,41 @@ pub fn scan(segment: &Target, pool: &BufPool) -> Result<Scan> {
         hash: segment.header.prev,
         watermark: Seq::ZERO,
     })
+}
+
+/// What the header of a segment must have said, by its first frame; none when there is no sound
+/// one.
+///
+/// # Errors
+/// As the volume says.
+pub fn header_from_frame(
+    slot: u32,
+    group: GroupId,
+    file: &Arc<dyn File>,
+    pool: &BufPool,
+) -> Result<Option<SegmentHeader>> {
+    let nothing = SegmentHeader {
+        id: 0,
+        group,
+        epoch: EpochId([0; 16]),
+        first: Seq(1),
+        prev: FrameHash([0; 16]),
+    };
+    let mut frames = scan(&Target { slot, header: nothing, file: file.clone() }, pool)?;
+    let Some(page) = frames.bytes(HEADER_LEN, PAGE)? else { return Ok(None) };
+    let fixed = page.first_chunk::<{ envelope::LEN }>();
+    let envelope = fixed.map(|fixed| Envelope::decode(fixed));
+    let Some(Ok(envelope)) = envelope else { return Ok(None) };
+    frames.segment.header.id = envelope.segment;
+    let Some((frame, _)) = frames.frame_at(HEADER_LEN, true)? else { return Ok(None) };
+    let first = frame.header();
+    Ok(Some(SegmentHeader {
+        id: envelope.segment,
+        group: first.group,
+        epoch: first.epoch,
+        first: first.seq,
+        prev: first.prev,
+    }))
 }
 
 impl Scan {
