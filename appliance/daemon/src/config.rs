@@ -21,7 +21,7 @@ pub const CONTROL_SOCKET: &str = "/run/srn/control.sock";
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// The file cannot be read.
-    #[error("cannot read {path}: {source}")]
+    #[error("cannot read {path}: {source}; name the file to use with --config")]
     Read {
         /// The file.
         path: PathBuf,
@@ -181,7 +181,10 @@ impl Config {
     fn parse(path: &Path, text: &str) -> Result<Self, ConfigError> {
         let file: File = toml::from_str(text).map_err(|error| ConfigError::Parse {
             path: path.into(),
-            text: error.to_string().trim_end().replace('\n', "\n  "),
+            text: match error.span() {
+                Some(span) => format!("{}: {}", place(text, span.start), one_line(error.message())),
+                None => one_line(error.message()),
+            },
         })?;
         let value = |key, text: String| ConfigError::Value { path: path.into(), key, text };
         let size = |key, text: &Option<String>, default: u64, min: u64, max: u64| {
@@ -270,6 +273,18 @@ impl Config {
             },
         })
     }
+}
+
+/// Where byte `at` of `text` is, as editors count.
+fn place(text: &str, at: usize) -> String {
+    let before = text.get(..at).unwrap_or(text);
+    let line = before.matches('\n').count() + 1;
+    let column = before.rsplit('\n').next().map_or(0, |start| start.chars().count()) + 1;
+    format!("line {line}, column {column}")
+}
+
+fn one_line(text: &str) -> String {
+    text.split('\n').map(str::trim).filter(|line| !line.is_empty()).collect::<Vec<_>>().join(": ")
 }
 
 fn to_usize(bytes: u64) -> usize {

@@ -1,5 +1,6 @@
 //! The life of the daemon: from the configuration to the running node, and back.
 
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -10,7 +11,7 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use crate::api;
 use crate::clock;
-use crate::config::{CONFIG_PATH, Config};
+use crate::config::{CONFIG_PATH, Config, ConfigError};
 use crate::context::Context;
 use crate::error::{Failure, Kind, Result};
 use crate::fleet::SqliteFleet;
@@ -48,7 +49,15 @@ fn load(path: Option<&Path>) -> Result<Config> {
         None if Path::new(CONFIG_PATH).exists() => Config::load(Path::new(CONFIG_PATH)),
         None => Config::defaults(),
     };
-    loaded.map_err(|error| Failure::invalid(error.to_string()))
+    loaded.map_err(|error| {
+        let kind = match &error {
+            ConfigError::Read { source, .. } if source.kind() == ErrorKind::NotFound => {
+                Kind::NotFound
+            }
+            _ => Kind::Invalid,
+        };
+        Failure::new(kind, error.to_string())
+    })
 }
 
 fn runtime(

@@ -357,6 +357,15 @@ impl Group {
         })
     }
 
+    /// The failure of whoever wants to add a disk of a name that is taken.
+    #[must_use]
+    pub fn has_disk(&self, name: &Name) -> Failure {
+        Failure::conflict(format!(
+            "group {} has a disk {name} already; choose another name, or remove that disk first",
+            self.name()
+        ))
+    }
+
     /// Whether writes may be taken here now.
     ///
     /// # Errors
@@ -412,10 +421,7 @@ impl Group {
         self.check_writable()?;
         let catalog = self.catalog();
         if catalog.by_name(name.as_str()).is_some() {
-            return Err(Failure::conflict(format!(
-                "group {} has a disk {name} already",
-                self.name()
-            )));
+            return Err(self.has_disk(name));
         }
         if source == Source::Served && self.store.keep() == Keep::Cache {
             return Err(Failure::invalid(format!(
@@ -614,7 +620,13 @@ impl Group {
 
     /// There is a session with the peer.
     pub async fn session_up(self: &Arc<Self>, session: &Session) {
-        if self.settings().paused || self.role() == Role::Secondary {
+        if self.settings().paused {
+            return;
+        }
+        if self.role() == Role::Secondary {
+            // It may have been refused before, and does not know that there is nothing in the way.
+            let text = self.hindrance().unwrap_or_default();
+            let _ = session.send(&Message::Hindrance { group: self.id, text }).await;
             return;
         }
         let for_good = self.fence().is_some_and(|fence| fence.cause == Cause::FailoverAtPeer);
@@ -639,7 +651,7 @@ impl Group {
             Message::Ack { seq, .. } => self.on_ack(session, seq),
             Message::Credit { limit, .. } => self.on_credit(session, limit),
             Message::Progress(progress) => self.on_progress(progress),
-            Message::Hindrance { text, .. } => self.on_hindrance(text),
+            Message::Hindrance { text, .. } => self.on_hindrance(session, text).await,
             Message::Drain { .. } => {
                 let (this, session) = (self.clone(), session.clone());
                 tokio::spawn(async move { this.on_drain(&session).await });

@@ -81,8 +81,8 @@ async fn new_token(
     State(node): Shared,
     Body(request): Body<TokenRequest>,
 ) -> Result<Json<NewToken>> {
-    if !(60..=TOKEN_TTL_MAX_S).contains(&request.ttl_s) {
-        return Err(Failure::invalid("a token is valid for one minute to one week"));
+    if !(1..=TOKEN_TTL_MAX_S).contains(&request.ttl_s) {
+        return Err(Failure::invalid("a token is valid for one second to one week"));
     }
     Ok(Json(node.new_token(Duration::from_secs(request.ttl_s))))
 }
@@ -223,7 +223,7 @@ async fn add_disk(
     let name: Name = request.name.parse().map_err(|error| Failure::invalid(format!("{error}")))?;
     group.check_writable()?;
     if group.catalog().by_name(name.as_str()).is_some() {
-        return Err(Failure::conflict(format!("group {} has a disk {name} already", group.name())));
+        return Err(group.has_disk(&name));
     }
     match (request.size, request.qmp, request.node, request.copy_from) {
         (Some(size), None, None, None) => {
@@ -343,7 +343,7 @@ async fn create_checkpoint(
             taken.await.map_err(|error| Failure::internal(format!("a task ended: {error}")))??;
         if taken.iter().any(|checkpoint| checkpoint.note.label == *label) {
             return Err(Failure::conflict(format!(
-                "group {} has a checkpoint {label:?} already",
+                "group {} has a checkpoint {label:?} already; choose another label",
                 group.name()
             )));
         }

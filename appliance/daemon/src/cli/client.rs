@@ -151,7 +151,15 @@ async fn collect(body: Incoming) -> Result<Bytes> {
 }
 
 /// Makes a name fit for a path: what cannot be in a name is found by the daemon, not by a proxy.
-pub(super) fn segment(name: &str) -> String {
+///
+/// # Errors
+/// When it is empty: then there is no path.
+pub(super) fn segment(name: &str) -> Result<String> {
+    if name.is_empty() {
+        return Err(Failure::invalid(
+            "an empty name names nothing; srn status shows what there is",
+        ));
+    }
     let mut out = String::new();
     for byte in name.bytes() {
         if byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'_' | b'-') {
@@ -160,7 +168,7 @@ pub(super) fn segment(name: &str) -> String {
             out.push_str(&format!("%{byte:02X}"));
         }
     }
-    out
+    Ok(out)
 }
 
 #[cfg(test)]
@@ -169,7 +177,8 @@ mod tests {
 
     #[test]
     fn names_cannot_leave_their_segment() {
-        assert_eq!(segment("web-1"), "web-1");
-        assert_eq!(segment("../x y"), "..%2Fx%20y");
+        assert_eq!(segment("web-1").unwrap(), "web-1");
+        assert_eq!(segment("../x y").unwrap(), "..%2Fx%20y");
+        assert!(segment("").is_err());
     }
 }

@@ -131,7 +131,7 @@ async fn peer(client: &Client, out: &Out, command: PeerCommand) -> Result<()> {
             out.show(&peers, |peers| render::peers(peers));
         }
         PeerCommand::Remove { peer } => {
-            let gone: PeerRecord = client.delete(&format!("/v1/peers/{}", segment(&peer))).await?;
+            let gone: PeerRecord = client.delete(&format!("/v1/peers/{}", segment(&peer)?)).await?;
             out.show(&gone, |gone| format!("peer {} was removed", gone.name));
         }
     }
@@ -156,7 +156,7 @@ fn change(settings: &Settings) -> GroupChange {
 }
 
 async fn group(client: &Client, out: &Out, command: GroupCommand) -> Result<()> {
-    let path = |name: &str| format!("/v1/groups/{}", segment(name));
+    let path = |name: &str| segment(name).map(|name| format!("/v1/groups/{name}"));
     match command {
         GroupCommand::Create { name, peer, keep, settings } => {
             let change = change(&settings);
@@ -183,18 +183,18 @@ async fn group(client: &Client, out: &Out, command: GroupCommand) -> Result<()> 
             out.show(&groups, |groups| render::groups(groups));
         }
         GroupCommand::Show { name } => {
-            let group: GroupStatus = client.get(&path(&name)).await?;
+            let group: GroupStatus = client.get(&path(&name)?).await?;
             out.show(&group, render::group);
         }
         GroupCommand::Set { name, settings, fence_hook } => {
             let change = GroupChange { fence_hook, ..change(&settings) };
-            let group: GroupStatus = client.patch(&path(&name), &change).await?;
+            let group: GroupStatus = client.patch(&path(&name)?, &change).await?;
             out.show(&group, render::group);
         }
-        GroupCommand::Pause { name } => pause(client, out, &path(&name), true).await?,
-        GroupCommand::Resume { name } => pause(client, out, &path(&name), false).await?,
+        GroupCommand::Pause { name } => pause(client, out, &path(&name)?, true).await?,
+        GroupCommand::Resume { name } => pause(client, out, &path(&name)?, false).await?,
         GroupCommand::Delete { name, yes } => {
-            let group: GroupStatus = client.get(&path(&name)).await.or_else(|error| {
+            let group: GroupStatus = client.get(&path(&name)?).await.or_else(|error| {
                 // A group that cannot be opened can still be deleted.
                 if yes { Ok(placeholder(&name)) } else { Err(error) }
             })?;
@@ -206,7 +206,7 @@ async fn group(client: &Client, out: &Out, command: GroupCommand) -> Result<()> 
                 };
                 confirm(what, &name)?;
             }
-            client.delete::<()>(&path(&name)).await?;
+            client.delete::<()>(&path(&name)?).await?;
             out.show(&name, |name| format!("group {name} was deleted here"));
         }
     }
@@ -279,7 +279,7 @@ fn confirm(what: &str, word: &str) -> Result<()> {
 async fn disk(client: &Client, out: &Out, command: DiskCommand) -> Result<()> {
     match command {
         DiskCommand::Add { group, name, size, qmp, node, copy_from, wait } => {
-            let path = format!("/v1/groups/{}/disks", segment(&group));
+            let path = format!("/v1/groups/{}/disks", segment(&group)?);
             // The daemon has another working directory.
             let qmp =
                 match qmp {
@@ -300,14 +300,15 @@ async fn disk(client: &Client, out: &Out, command: DiskCommand) -> Result<()> {
             });
         }
         DiskCommand::List { group } => {
-            let group: GroupStatus = client.get(&format!("/v1/groups/{}", segment(&group))).await?;
+            let group: GroupStatus =
+                client.get(&format!("/v1/groups/{}", segment(&group)?)).await?;
             out.show(&group.disks, |disks| {
                 let lines: Vec<String> = disks.iter().map(render::disk_line).collect();
                 if lines.is_empty() { "no disks".into() } else { lines.join("\n") }
             });
         }
         DiskCommand::Remove { group, name } => {
-            let path = format!("/v1/groups/{}/disks/{}", segment(&group), segment(&name));
+            let path = format!("/v1/groups/{}/disks/{}", segment(&group)?, segment(&name)?);
             let status: GroupStatus = client.delete(&path).await?;
             out.show(&status, |_| format!("disk {name} was removed from group {group}"));
         }
@@ -317,7 +318,7 @@ async fn disk(client: &Client, out: &Out, command: DiskCommand) -> Result<()> {
 
 /// Shows how far a first copy is, until the disk and its replica are in step.
 async fn wait_for_copy(client: &Client, out: &Out, group: &str, disk: &str) -> Result<()> {
-    let path = format!("/v1/groups/{}", segment(group));
+    let path = format!("/v1/groups/{}", segment(group)?);
     let terminal = std::io::stderr().is_terminal();
     loop {
         let status: GroupStatus = client.get(&path).await?;
@@ -365,7 +366,7 @@ async fn wait_for_copy(client: &Client, out: &Out, group: &str, disk: &str) -> R
 async fn checkpoint(client: &Client, out: &Out, command: CheckpointCommand) -> Result<()> {
     match command {
         CheckpointCommand::Create { group, label } => {
-            let path = format!("/v1/groups/{}/checkpoints", segment(&group));
+            let path = format!("/v1/groups/{}/checkpoints", segment(&group)?);
             let made: NewCheckpoint = client.post(&path, &CheckpointRequest { label }).await?;
             out.show(&made, |made| match made.frame {
                 Some(frame) => format!("checkpoint {} at frame {frame}", made.id),
@@ -373,7 +374,7 @@ async fn checkpoint(client: &Client, out: &Out, command: CheckpointCommand) -> R
             });
         }
         CheckpointCommand::List { group } => {
-            let path = format!("/v1/groups/{}/checkpoints", segment(&group));
+            let path = format!("/v1/groups/{}/checkpoints", segment(&group)?);
             let checkpoints: Vec<CheckpointStatus> = client.get(&path).await?;
             out.show(&checkpoints, |checkpoints| render::checkpoints(checkpoints));
         }
@@ -411,7 +412,7 @@ async fn failover(client: &Client, out: &Out, command: FailoverCommand) -> Resul
             request.force = force;
             request.no_start = no_start;
             request.production_is_off = yes_production_is_off;
-            let path = format!("/v1/groups/{}", segment(&group));
+            let path = format!("/v1/groups/{}", segment(&group)?);
             let status: GroupStatus = client.get(&path).await?;
             if !yes_production_is_off && (force || needs_force(client, &status).await?) {
                 confirm(
@@ -429,7 +430,7 @@ async fn failover(client: &Client, out: &Out, command: FailoverCommand) -> Resul
             start(client, out, &group, recovery_request(&machine, true)).await
         }
         FailoverCommand::Stop { id, graceful } => {
-            let path = format!("/v1/recoveries/{}/stop", segment(&id));
+            let path = format!("/v1/recoveries/{}/stop", segment(&id)?);
             client.post::<()>(&path, &StopRequest { graceful_s: graceful.as_secs() }).await?;
             out.show(&id, |id| format!("{id} was stopped"));
             Ok(())
@@ -456,14 +457,14 @@ async fn needs_force(client: &Client, group: &GroupStatus) -> Result<bool> {
 }
 
 async fn start(client: &Client, out: &Out, group: &str, request: RecoveryRequest) -> Result<()> {
-    let path = format!("/v1/groups/{}/recoveries", segment(group));
+    let path = format!("/v1/groups/{}/recoveries", segment(group)?);
     let waits = request.sign.is_some();
     let mut status: RecoveryStatus = client.post(&path, &request).await?;
     if waits {
         if !out.json {
             say_error(&format!("{}; waiting for its answer", render::recovery_line(&status)));
         }
-        let path = format!("/v1/recoveries/{}", segment(&status.id));
+        let path = format!("/v1/recoveries/{}", segment(&status.id)?);
         while status.phase == Phase::Running && status.problem.is_none() {
             tokio::select! {
                 () = tokio::time::sleep(Duration::from_millis(200)) => {}

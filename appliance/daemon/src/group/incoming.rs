@@ -163,7 +163,7 @@ impl Group {
     }
 
     /// What keeps this secondary from taking frames, in words.
-    fn hindrance(&self) -> Option<String> {
+    pub(super) fn hindrance(&self) -> Option<String> {
         self.facts().full.as_ref().map(|why| format!("the recovery node is full: {why}"))
     }
 

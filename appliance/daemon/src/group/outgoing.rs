@@ -284,10 +284,22 @@ impl Group {
         }
     }
 
-    /// The peer says what hinders it; nothing when the text is empty.
-    pub(super) fn on_hindrance(&self, text: String) {
-        if let Side::Outgoing(outgoing) = &mut *self.side() {
-            outgoing.hindrance = (!text.is_empty()).then_some(text);
+    /// The peer says what hinders it; nothing when the text is empty. What it refused because of
+    /// that is then offered again.
+    pub(super) async fn on_hindrance(self: &Arc<Self>, session: &Session, text: String) {
+        let again = match &mut *self.side() {
+            Side::Outgoing(outgoing) => {
+                outgoing.hindrance = (!text.is_empty()).then_some(text);
+                let refused = matches!(
+                    lock(&outgoing.sender).phase(),
+                    Phase::Stopped(Stop::Refused(RefuseCode::Paused | RefuseCode::Storage))
+                );
+                refused && outgoing.hindrance.is_none()
+            }
+            _ => false,
+        };
+        if again {
+            self.session_up(session).await;
         }
         self.review();
     }

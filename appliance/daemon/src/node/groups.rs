@@ -118,7 +118,9 @@ impl Node {
                 .unwrap_or_else(PoisonError::into_inner)
                 .contains_key(name.as_str());
         if taken {
-            return Err(Failure::conflict(format!("there is a group {name} already")));
+            return Err(Failure::conflict(format!(
+                "there is a group {name} already; choose another name"
+            )));
         }
         let peer = match &request.peer {
             Some(peer) => Some(self.find_peer(peer)?.0),

@@ -209,7 +209,10 @@ impl Node {
             .link()
             .spawn(work)
             .await
-            .map_err(|error| Failure::internal(format!("a task ended: {error}")))??;
+            .map_err(|error| Failure::internal(format!("a task ended: {error}")))?
+            .map_err(|error| {
+                Failure::from(error).while_doing(&format!("pairing with {address}"))
+            })?;
         let text = format!("paired with {} ({addr}) by token", paired.name);
         self.context.event(Level::Info, None, &text);
         self.dial_peer(paired.peer);

@@ -349,7 +349,7 @@ fn choose(group: &Group, at: &str) -> Result<Point> {
             Ok(Point { seq: one.position.seq, words })
         }
         [] => match at.parse::<u64>() {
-            Ok(frame) => Ok(Point { seq: Seq(frame), words: format!("frame {frame}") }),
+            Ok(frame) => frame_point(group, Seq(frame)),
             Err(_) => Err(Failure::not_found(format!(
                 "group {name} has no checkpoint {at:?}; list them with: srn checkpoint list {name}"
             ))),
@@ -359,6 +359,23 @@ fn choose(group: &Group, at: &str) -> Result<Point> {
             many.len()
         ))),
     }
+}
+
+/// The point at a frame, which must be kept and hold whole disks.
+fn frame_point(group: &Group, seq: Seq) -> Result<Point> {
+    let name = group.name();
+    let way_out = format!("list what there is with: srn checkpoint list {name}");
+    let view = group.store().view_at(seq).map_err(|error| {
+        let failure = Failure::from(error);
+        Failure::new(failure.kind, format!("group {name}: {failure}; {way_out}"))
+    })?;
+    if !view.catalog().is_clean() {
+        return Err(Failure::refused(format!(
+            "group {name}: at frame {seq} a disk was a mixture of times, as its copy was under \
+             way; {way_out}"
+        )));
+    }
+    Ok(Point { seq, words: format!("frame {seq}") })
 }
 
 impl Group {
