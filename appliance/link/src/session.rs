@@ -175,7 +175,7 @@ impl Session {
         let quic = &self.inner.connection.quic;
         let mut send = quic.open_uni().await.map_err(|error| refine(addr, &error))?;
         send.write_all(&header.encode()).await.map_err(|error| LinkError::gone(&addr, &error))?;
-        Ok(FrameWriter { send, addr })
+        Ok(FrameWriter { send, addr, finished: false })
     }
 
     /// Ends the session on purpose, after what is queued has been sent.
@@ -317,13 +317,15 @@ async fn read_message(
 pub struct FrameWriter {
     send: quinn::SendStream,
     addr: SocketAddr,
+    finished: bool,
 }
 
 impl Drop for FrameWriter {
-    /// Given up, perhaps in the middle of a frame: then it must not look like an end. Does nothing
-    /// to a stream that was ended in order.
+    /// Given up, perhaps in the middle of a frame: that must not look like an end.
     fn drop(&mut self) {
-        let _ = self.send.reset(STREAM_GIVEN_UP);
+        if !self.finished {
+            let _ = self.send.reset(STREAM_GIVEN_UP);
+        }
     }
 }
 
@@ -343,6 +345,7 @@ impl FrameWriter {
 
     /// Ends the stream.
     pub fn finish(&mut self) {
+        self.finished = true;
         let _ = self.send.finish();
     }
 }
