@@ -5,6 +5,10 @@
 //! next one. At low load a write is alone in its commit and waits for nothing; under load commits
 //! grow by themselves.
 //!
+//! A lone small write is committed by the thread that brings it ([`Engine::gathered`]): handing it
+//! to another and back takes longer than the disk does. That thread has other clients to serve, so
+//! it does this only while the disk is quick.
+//!
 //! Rules that the tests try to break:
 //! * an operation is answered only after its commit has returned;
 //! * operations of one client are appended in the order in which they were handed over;
@@ -40,6 +44,20 @@ const IDLE: Duration = Duration::from_millis(50);
 
 /// A full log is tried again at least this often.
 const FULL_RETRY: Duration = Duration::from_millis(200);
+
+/// The most operations, and bytes of content, that whoever brings them commits.
+const INLINE_OPS: usize = 2;
+const INLINE_BYTES: usize = 32 << 10;
+
+/// After a commit that took this long, the thread that is made for waiting does them all,
+const SLOW: Duration = Duration::from_millis(2);
+
+/// for so long.
+const SLOW_REST: Duration = Duration::from_secs(1);
+
+/// Whether somebody commits what it has brought: one at a time in the whole process, so that there
+/// is always somebody left to serve clients.
+static INLINE: AtomicBool = AtomicBool::new(false);
 
 /// A connection whose operations die with it.
 #[derive(Debug, Default)]
@@ -107,12 +125,20 @@ struct Queue {
     stop: bool,
     /// The segment being written shall be closed.
     close_segment: Vec<oneshot::Sender<()>>,
-    /// The thread waits for work.
+    /// The thread waits for work,
     idle: bool,
+    /// and looks again by itself after a while.
+    watched: bool,
     /// There may be room in the log that there was not.
     room: bool,
     /// A commit is being written.
     committing: bool,
+    /// The log is full: operations wait.
+    full: bool,
+    /// When the last commit ended that nothing in the log proves to be durable.
+    unproven: Option<Instant>,
+    /// Nobody but the thread commits until then.
+    slow_until: Option<Instant>,
 }
 
 struct Shared {
@@ -124,12 +150,15 @@ struct Shared {
     commits: AtomicU64,
     commit_ended: Notify,
     watcher: Box<dyn Watcher>,
+    /// Whoever holds it commits. Taken before the queue, never while holding it; none once the
+    /// thread has ended.
+    worker: Mutex<Option<Worker>>,
 }
 
 /// A running line.
 pub struct Engine {
     shared: Arc<Shared>,
-    thread: Mutex<Option<std::thread::JoinHandle<Appender>>>,
+    thread: Mutex<Option<std::thread::JoinHandle<Option<Appender>>>>,
 }
 
 impl std::fmt::Debug for Engine {
@@ -157,19 +186,24 @@ impl Engine {
                 stop: false,
                 close_segment: Vec::new(),
                 idle: false,
+                watched: false,
                 room: false,
                 committing: false,
+                full: false,
+                unproven: None,
+                slow_until: None,
             }),
             wake: Condvar::new(),
             head: watch::Sender::new(appender.head()),
             commits: AtomicU64::new(0),
             commit_ended: Notify::new(),
             watcher,
+            worker: Mutex::new(Some(Worker { appender, replies: ReplyBatch::new() })),
         });
         let of_thread = shared.clone();
-        let thread = std::thread::Builder::new().name(format!("log-{name}")).spawn(move || {
-            Worker { shared: of_thread, appender, replies: ReplyBatch::new() }.run()
-        })?;
+        let thread = std::thread::Builder::new()
+            .name(format!("log-{name}"))
+            .spawn(move || of_thread.run())?;
         Ok(Self { shared, thread: Mutex::new(Some(thread)) })
     }
 
@@ -177,7 +211,7 @@ impl Engine {
         self.shared.lock()
     }
 
-    /// Hands over an operation.
+    /// Hands over an operation. [`Engine::gathered`] must follow, once for any number of them.
     pub fn submit(&self, op: Op) {
         let mut queue = self.lock();
         if let Some(closed) = queue.closed.clone() {
@@ -186,7 +220,33 @@ impl Engine {
         }
         queue.ops_bytes += op.bytes;
         queue.ops.push_back(op);
-        self.shared.wake_if_idle(queue);
+        if !queue.is_small() {
+            self.shared.wake_if_idle(queue);
+        }
+    }
+
+    /// Hands over an operation that the thread shall do.
+    pub fn submit_one(&self, op: Op) {
+        self.submit(op);
+        self.shared.wake_if_idle(self.lock());
+    }
+
+    /// Nothing more will be handed over for the moment: what was, is committed, if it is little
+    /// here and now, else by the thread.
+    pub fn gathered(&self) {
+        let queue = self.lock();
+        if queue.ops.is_empty() {
+            return;
+        }
+        let quick = queue.slow_until.is_none_or(|until| Instant::now() > until);
+        if !(quick && queue.is_small() && queue.is_at_rest())
+            || INLINE.swap(true, Ordering::Acquire)
+        {
+            return self.shared.wake_if_idle(queue);
+        }
+        drop(queue);
+        self.shared.commit_inline();
+        INLINE.store(false, Ordering::Release);
     }
 
     /// Appends changes and waits until they are durable.
@@ -195,7 +255,7 @@ impl Engine {
     /// [`Closed`] when nothing is appended any more.
     pub async fn append(&self, changes: Vec<Change>) -> Result<Position, Closed> {
         let (done, told) = oneshot::channel();
-        self.submit(Op { client: None, changes, bytes: 0, done: Done::Task(done) });
+        self.submit_one(Op { client: None, changes, bytes: 0, done: Done::Task(done) });
         told.await.unwrap_or_else(|_| Err(Closed("the log was closed".into())))
     }
 
@@ -293,7 +353,7 @@ impl Engine {
         self.lock().stop = true;
         self.shared.wake.notify_one();
         let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
-        thread.and_then(|thread| thread.join().ok())
+        thread.and_then(|thread| thread.join().ok().flatten())
     }
 }
 
@@ -313,6 +373,29 @@ fn refuse(done: Done, closed: &Closed) {
 }
 
 impl Queue {
+    /// Whether what waits is little enough to be committed by whoever brings it.
+    fn is_small(&self) -> bool {
+        self.ops.len() <= INLINE_OPS && self.ops_bytes <= INLINE_BYTES
+    }
+
+    /// Whether nothing but operations has to be done, and nobody does anything.
+    fn is_at_rest(&self) -> bool {
+        self.idle
+            && !self.committing
+            && !self.full
+            && !self.stop
+            && self.closed.is_none()
+            && self.frames.is_empty()
+            && self.close_segment.is_empty()
+    }
+
+    fn has_work(&self) -> bool {
+        self.stop
+            || !self.ops.is_empty()
+            || !self.frames.is_empty()
+            || !self.close_segment.is_empty()
+    }
+
     fn drop_gone(&mut self) {
         let before = self.ops.len();
         self.ops.retain(|op| !op.client.as_ref().is_some_and(|client| client.is_gone()));
@@ -336,8 +419,8 @@ impl Shared {
     }
 }
 
+/// Commits. There is one.
 struct Worker {
-    shared: Arc<Shared>,
     appender: Appender,
     replies: ReplyBatch,
 }
@@ -352,71 +435,106 @@ enum Work {
     Stop,
 }
 
-impl Worker {
-    fn run(mut self) -> Appender {
-        // Whether the last commit is not yet known to be durable by anything in the log.
-        let mut unproven = false;
-        let mut full = false;
+impl Shared {
+    fn worker(&self) -> MutexGuard<'_, Option<Worker>> {
+        self.worker.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The thread.
+    fn run(&self) -> Option<Appender> {
         loop {
-            match self.next_work(unproven, full) {
-                Work::Ops(ops) => {
-                    full = self.commit_ops(ops, full);
-                    unproven = true;
-                }
-                Work::Frames(frames) => full = self.commit_frames(frames, full),
+            let work = self.next_work();
+            let mut guard = self.worker();
+            let worker = guard.as_mut()?;
+            match work {
+                Work::Ops(ops) => worker.commit_ops(self, ops),
+                Work::Frames(frames) => worker.commit_frames(self, frames),
                 Work::CloseSegment(asked) => {
-                    self.appender.close_segment();
+                    worker.appender.close_segment();
                     for done in asked {
                         let _ = done.send(());
                     }
                 }
-                Work::Idle => {
-                    unproven = false;
-                    if !full && self.shared.lock().closed.is_none() {
-                        self.prove();
-                    }
-                }
-                Work::Stop => return self.appender,
+                Work::Idle => worker.prove(self),
+                Work::Stop => return guard.take().map(|worker| worker.appender),
             }
         }
     }
 
-    /// Waits for work. When the log is `full`, room is waited for as well.
-    fn next_work(&self, unproven: bool, full: bool) -> Work {
-        let mut queue = self.shared.lock();
-        let mut wait_for_room = full;
-        queue.room = false;
+    /// Commits the little that waits, in the calling thread.
+    fn commit_inline(&self) {
+        // Held by the thread only while it commits, and then it takes what waits next.
+        let Ok(mut guard) = self.worker.try_lock() else { return self.wake_if_idle(self.lock()) };
+        let Some(worker) = guard.as_mut() else { return };
+        let ops = {
+            let mut queue = self.lock();
+            queue.drop_gone();
+            if queue.ops.is_empty() {
+                return;
+            }
+            if !queue.is_at_rest() {
+                return self.wake_if_idle(queue);
+            }
+            queue.committing = true;
+            take_ops(&mut queue)
+        };
         let began = Instant::now();
+        worker.commit_ops(self, ops);
+        drop(guard);
+        let mut queue = self.lock();
+        if began.elapsed() > SLOW {
+            queue.slow_until = Some(Instant::now() + SLOW_REST);
+        }
+        // The thread takes what has come meanwhile, and sees to what is not proven.
+        if queue.has_work() || !queue.watched {
+            self.wake_if_idle(queue);
+        }
+    }
+
+    /// Waits for work. When the log is full, room is waited for as well.
+    fn next_work(&self) -> Work {
+        let mut queue = self.lock();
+        let mut wait_for_room = queue.full;
+        queue.room = false;
         loop {
-            if queue.stop {
+            if queue.stop && !queue.committing {
                 return Work::Stop;
             }
-            if !queue.close_segment.is_empty() {
-                return Work::CloseSegment(std::mem::take(&mut queue.close_segment));
-            }
-            queue.drop_gone();
-            if !wait_for_room {
-                if !queue.ops.is_empty() {
+            if !queue.committing {
+                if !queue.close_segment.is_empty() {
+                    return Work::CloseSegment(std::mem::take(&mut queue.close_segment));
+                }
+                queue.drop_gone();
+                if !wait_for_room && !queue.ops.is_empty() {
                     queue.committing = true;
                     return Work::Ops(take_ops(&mut queue));
                 }
-                if !queue.frames.is_empty() {
+                if !wait_for_room && !queue.frames.is_empty() {
                     queue.committing = true;
                     let count = queue.frames.len().min(COMMIT_FRAMES_MAX);
                     return Work::Frames(queue.frames.drain(..count).collect());
                 }
             }
+            let unproven = queue.unproven.filter(|_| !queue.full && queue.closed.is_none());
             let patience = match (wait_for_room, unproven) {
                 (true, _) => Some(FULL_RETRY),
-                (false, true) => Some(IDLE.saturating_sub(began.elapsed())),
-                (false, false) => None,
+                (false, Some(since)) => Some(IDLE.saturating_sub(since.elapsed())),
+                (false, None) => None,
             };
+            if patience == Some(Duration::ZERO) && !queue.committing {
+                queue.unproven = None;
+                queue.committing = true;
+                return Work::Idle;
+            }
             queue.idle = true;
+            queue.watched = patience.is_some();
             let mut timed_out = false;
             queue = match patience {
-                None => self.shared.wake.wait(queue).unwrap_or_else(PoisonError::into_inner),
+                None => self.wake.wait(queue).unwrap_or_else(PoisonError::into_inner),
                 Some(patience) => {
-                    let waited = self.shared.wake.wait_timeout(queue, patience);
+                    // Never for no time at all: whoever commits now takes a moment.
+                    let patience = patience.max(Duration::from_millis(1));
+                    let waited = self.wake.wait_timeout(queue, patience);
                     let (queue, timeout) = waited.unwrap_or_else(PoisonError::into_inner);
                     timed_out = timeout.timed_out();
                     queue
@@ -426,13 +544,68 @@ impl Worker {
             if wait_for_room {
                 // Newcomers do not make room.
                 wait_for_room = !timed_out && !queue.room;
-            } else if timed_out && unproven {
-                return Work::Idle;
             }
         }
     }
 
-    fn commit_ops(&mut self, ops: Vec<Op>, was_full: bool) -> bool {
+    /// Puts back what found no room, in front, and tells who waits for the commit to end.
+    fn commit_over(&self, ops: VecDeque<Op>, frames: VecDeque<(Arc<Frame>, u64)>) {
+        let refused = {
+            let mut queue = self.lock();
+            queue.committing = false;
+            for frame in frames.into_iter().rev() {
+                queue.frames.push_front(frame);
+            }
+            match queue.closed.clone() {
+                // Closed meanwhile: nobody will come back for them.
+                Some(closed) => Some((ops, closed)),
+                None => {
+                    for op in ops.into_iter().rev() {
+                        queue.ops_bytes += op.bytes;
+                        queue.ops.push_front(op);
+                    }
+                    None
+                }
+            }
+        };
+        if let Some((ops, closed)) = refused {
+            ops.into_iter().for_each(|op| refuse(op.done, &closed));
+        }
+        self.commits.fetch_add(1, Ordering::Relaxed);
+        self.commit_ended.notify_waiters();
+    }
+
+    fn set_full(&self, why: Option<&str>) {
+        let was_full = std::mem::replace(&mut self.lock().full, why.is_some());
+        if why.is_some() != was_full {
+            self.watcher.full(why);
+        }
+    }
+
+    fn fail(&self, error: &StoreError, waiting: impl Iterator<Item = Done>) {
+        let closed = Closed(error.to_string());
+        let queued = {
+            let mut queue = self.lock();
+            queue.closed = Some(closed.clone());
+            queue.frames.clear();
+            queue.ops_bytes = 0;
+            std::mem::take(&mut queue.ops)
+        };
+        for done in waiting.chain(queued.into_iter().map(|op| op.done)) {
+            match done {
+                Done::Reply(reply) => reply.error(ErrorCode::Io, &closed.0),
+                Done::Task(task) => {
+                    let _ = task.send(Err(closed.clone()));
+                }
+            }
+        }
+        self.commit_over(VecDeque::new(), VecDeque::new());
+        self.watcher.failed(error);
+    }
+}
+
+impl Worker {
+    fn commit_ops(&mut self, shared: &Shared, ops: Vec<Op>) {
         let mut changes = Vec::with_capacity(ops.len());
         let mut waiting = Vec::with_capacity(ops.len());
         let mut content = 0u64;
@@ -446,8 +619,7 @@ impl Worker {
             Ok(Committed { changes, full, .. }) => (changes, full),
             Err(StoreError::Full(why)) => (0, Some(why)),
             Err(error) => {
-                self.fail(&error, waiting.into_iter().map(|(.., done)| done));
-                return false;
+                return shared.fail(&error, waiting.into_iter().map(|(.., done)| done));
             }
         };
         let head = self.appender.head();
@@ -470,14 +642,16 @@ impl Worker {
         // Whoever waits is told first; the rest can come a moment later.
         self.replies.send();
         if done > 0 {
-            self.shared.head.send_replace(head);
-            self.shared.watcher.committed(head, content);
+            shared.lock().unproven = Some(Instant::now());
+            shared.head.send_replace(head);
+            shared.watcher.committed(head, content);
         }
-        self.commit_over(left, VecDeque::new());
-        self.tell_full(why.as_deref(), was_full)
+        // Before anybody else looks at what is left.
+        shared.set_full(why.as_deref());
+        shared.commit_over(left, VecDeque::new());
     }
 
-    fn commit_frames(&mut self, frames: Vec<(Arc<Frame>, u64)>, was_full: bool) -> bool {
+    fn commit_frames(&mut self, shared: &Shared, frames: Vec<(Arc<Frame>, u64)>) {
         let only: Vec<Arc<Frame>> = frames.iter().map(|(frame, _)| frame.clone()).collect();
         let (done, why) = match self.appender.commit_frames(&only) {
             Ok(Committed { frames, full, .. }) => (frames, full),
@@ -485,93 +659,33 @@ impl Worker {
             Err(error @ StoreError::NotNext { .. }) => {
                 // Frames of a stream that was given up: the next one begins where it has to.
                 log::debug!("dropping frames: {error}");
-                self.commit_over(VecDeque::new(), VecDeque::new());
-                return was_full;
+                return shared.commit_over(VecDeque::new(), VecDeque::new());
             }
-            Err(error) => {
-                self.fail(&error, std::iter::empty());
-                return false;
-            }
+            Err(error) => return shared.fail(&error, std::iter::empty()),
         };
         let head = self.appender.head();
         let mut left: VecDeque<_> = frames.into();
         let bytes = left.drain(..done).map(|(_, bytes)| bytes).sum();
         if done > 0 {
-            self.shared.head.send_replace(head);
-            self.shared.watcher.received(head, bytes);
+            shared.head.send_replace(head);
+            shared.watcher.received(head, bytes);
         }
-        self.commit_over(VecDeque::new(), left);
-        self.tell_full(why.as_deref(), was_full)
+        shared.set_full(why.as_deref());
+        shared.commit_over(VecDeque::new(), left);
     }
 
     /// Says in the log that everything before was durable.
-    fn prove(&mut self) {
-        self.shared.lock().committing = true;
+    fn prove(&mut self, shared: &Shared) {
         let result = self.appender.commit(&[], clock::now());
         match result {
             Ok(done) => {
-                self.shared.head.send_replace(done.head);
-                self.shared.watcher.committed(done.head, 0);
-                self.commit_over(VecDeque::new(), VecDeque::new());
+                shared.head.send_replace(done.head);
+                shared.watcher.committed(done.head, 0);
+                shared.commit_over(VecDeque::new(), VecDeque::new());
             }
-            Err(StoreError::Full(_)) => self.commit_over(VecDeque::new(), VecDeque::new()),
-            Err(error) => self.fail(&error, std::iter::empty()),
+            Err(StoreError::Full(_)) => shared.commit_over(VecDeque::new(), VecDeque::new()),
+            Err(error) => shared.fail(&error, std::iter::empty()),
         }
-    }
-
-    /// Puts back what found no room, in front, and tells who waits for the commit to end.
-    fn commit_over(&self, ops: VecDeque<Op>, frames: VecDeque<(Arc<Frame>, u64)>) {
-        let refused = {
-            let mut queue = self.shared.lock();
-            queue.committing = false;
-            for frame in frames.into_iter().rev() {
-                queue.frames.push_front(frame);
-            }
-            match queue.closed.clone() {
-                // Closed meanwhile: nobody will come back for them.
-                Some(closed) => Some((ops, closed)),
-                None => {
-                    for op in ops.into_iter().rev() {
-                        queue.ops_bytes += op.bytes;
-                        queue.ops.push_front(op);
-                    }
-                    None
-                }
-            }
-        };
-        if let Some((ops, closed)) = refused {
-            ops.into_iter().for_each(|op| refuse(op.done, &closed));
-        }
-        self.shared.commits.fetch_add(1, Ordering::Relaxed);
-        self.shared.commit_ended.notify_waiters();
-    }
-
-    fn tell_full(&self, why: Option<&str>, was_full: bool) -> bool {
-        if why.is_some() != was_full {
-            self.shared.watcher.full(why);
-        }
-        why.is_some()
-    }
-
-    fn fail(&self, error: &StoreError, waiting: impl Iterator<Item = Done>) {
-        let closed = Closed(error.to_string());
-        let queued = {
-            let mut queue = self.shared.lock();
-            queue.closed = Some(closed.clone());
-            queue.frames.clear();
-            queue.ops_bytes = 0;
-            std::mem::take(&mut queue.ops)
-        };
-        for done in waiting.chain(queued.into_iter().map(|op| op.done)) {
-            match done {
-                Done::Reply(reply) => reply.error(ErrorCode::Io, &closed.0),
-                Done::Task(task) => {
-                    let _ = task.send(Err(closed.clone()));
-                }
-            }
-        }
-        self.commit_over(VecDeque::new(), VecDeque::new());
-        self.shared.watcher.failed(error);
     }
 }
 

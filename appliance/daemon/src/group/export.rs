@@ -171,6 +171,10 @@ impl Export for DiskExport {
         }
     }
 
+    fn gathered(&self) {
+        self.engine.gathered();
+    }
+
     fn closed(&self) {
         self.client.leave();
         *self.slot.lock().unwrap_or_else(PoisonError::into_inner) = None;

@@ -5,13 +5,14 @@
 
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use srn_core::epoch::Position;
 use srn_core::ids::{FrameHash, Seq};
 use srn_core::sender::{Phase, Sender, Stop, Stream};
 use srn_core::state::{Cause, Link};
+use srn_core::time::Mono;
 use srn_core::wire::{
     Accept, Message, Offer, OfferedDisk, Progress, Refuse, RefuseCode, StreamHeader,
 };
@@ -31,8 +32,19 @@ use crate::error::Result;
 /// Frames read and encoded in one go, in bytes of content.
 const BATCH_BYTES: usize = 1 << 20;
 
+/// While small frames come one after the other they are gathered for this long: sending, receiving
+/// and committing each by itself costs both nodes more than all the rest. A frame that comes after
+/// a pause goes at once.
+const GATHER: Duration = Duration::from_millis(2);
+
+/// With this many frames waiting there is nothing to gain by gathering more.
+const GATHERED: u64 = 16;
+
 /// Frames below this size are encoded where they are: handing them over would take longer.
 const INLINE_BYTES: usize = 64 * 1024;
+
+/// The time after which a group that the peer could not store is offered again, in microseconds.
+const OFFER_AGAIN_US: u64 = 5_000_000;
 
 /// The primary's side of one session.
 #[derive(Debug)]
@@ -42,7 +54,9 @@ pub(super) struct Outgoing {
     /// Credit came, or frames.
     wake: Arc<Notify>,
     hindrance: Option<String>,
+    /// Why the peer refused the last time, until it accepts.
     refused: Option<(RefuseCode, String)>,
+    offered: Mono,
     pump: Option<AbortOnDropHandle<()>>,
     notes_sent: bool,
 }
@@ -61,6 +75,10 @@ impl Outgoing {
     pub(super) fn link(&self) -> (Link, Option<String>) {
         let sender = lock(&self.sender);
         match (sender.phase(), &self.hindrance) {
+            // Offered again: still refused for all that is known.
+            (Phase::Offered { .. }, _) if self.refused.is_some() => {
+                (Link::Refused, self.refused.as_ref().map(|(_, text)| text.clone()))
+            }
             (Phase::Offline | Phase::Offered { .. }, _) => (Link::Negotiating, None),
             (Phase::Streaming(_), Some(text)) => (Link::Hindered, Some(text.clone())),
             (Phase::Streaming(_), None) => (Link::Streaming, None),
@@ -116,17 +134,40 @@ impl Group {
         })?;
         let offer =
             Offer { group: self.id, name, nonce, epochs, head, oldest: self.store.oldest(), disks };
+        let refused = match &mut *self.side() {
+            Side::Outgoing(before) if before.session.number() == session.number() => {
+                before.refused.take()
+            }
+            _ => None,
+        };
         *self.side() = Side::Outgoing(Outgoing {
             session: session.clone(),
             sender: Arc::new(Mutex::new(sender)),
             wake: Arc::default(),
             hindrance: None,
-            refused: None,
+            refused,
+            offered: clock::mono(),
             pump: None,
             notes_sent: false,
         });
         session.send(&Message::Offer(offer)).await?;
         Ok(())
+    }
+
+    /// What the peer could not store is offered again now and then: it says when a group has room
+    /// again, but a group that it could not even make is not there to say so.
+    pub(super) async fn offer_again(self: &Arc<Self>) {
+        let session = match &*self.side() {
+            Side::Outgoing(outgoing)
+                if *lock(&outgoing.sender).phase()
+                    == Phase::Stopped(Stop::Refused(RefuseCode::Storage))
+                    && clock::mono().since(outgoing.offered) >= OFFER_AGAIN_US =>
+            {
+                outgoing.session.clone()
+            }
+            _ => return,
+        };
+        self.session_up(&session).await;
     }
 
     /// New frames are durable here.
@@ -169,6 +210,7 @@ impl Group {
         }
         let oldest = self.store.oldest();
         let head = self.store.head().seq;
+        outgoing.refused = None;
         let mut sender = lock(&outgoing.sender);
         sender.on_durable(head);
         sender
@@ -417,9 +459,11 @@ impl Pump {
         let mut control = EffortControl::default();
         let mut codecs = Some(Codecs::new());
         let again = self.group.counters.highest_sent.load(Ordering::Relaxed);
+        let mut sent_at: Option<Instant> = None;
         loop {
             let waiting = Instant::now();
             if self.until_granted().await {
+                self.gather(sent_at).await;
                 control.idle(micros(waiting));
             }
             let began = Instant::now();
@@ -430,6 +474,22 @@ impl Pump {
                 content += self.send(&mut writer, &frame, again).await?;
             }
             control.sent(content, micros(began));
+            sent_at = Some(Instant::now());
+        }
+    }
+
+    /// Waits for company, if there was something to send just before and there is little now.
+    async fn gather(&self, sent_at: Option<Instant>) {
+        let waiting = {
+            let sender = lock(&self.sender);
+            let next = sender.next_to_send().unwrap_or_else(|| sender.durable());
+            sender.durable().0.saturating_sub(next.0)
+        };
+        if let Some(sent_at) = sent_at
+            && waiting < GATHERED
+            && let Some(rest) = GATHER.checked_sub(sent_at.elapsed())
+        {
+            tokio::time::sleep(rest).await;
         }
     }
 

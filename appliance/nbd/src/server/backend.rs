@@ -43,6 +43,11 @@ pub trait Export: Send + Sync + 'static {
     /// here or on any thread. The range is within the export and on block boundaries.
     fn submit(&self, request: Request, reply: Reply);
 
+    /// Everything that was at hand has been handed over; what comes next has to be waited for.
+    /// Called after any number of [`Export::submit`], also after none. An export that gathers
+    /// requests acts on them now; it may take as long as one small durable write here.
+    fn gathered(&self) {}
+
     /// The connection is gone. Called exactly once, after the last [`Export::submit`], also when
     /// the client said goodbye in good order (then nothing is in flight any more). Requests in
     /// flight must never run after this returns; completing them is permitted and has no effect.

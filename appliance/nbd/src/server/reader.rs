@@ -149,6 +149,8 @@ impl Reader {
         let backlog = self.connection.outbox.cork();
         let next = if backlog > BACKLOG_BYTES { None } else { Some(self.take_requests()) };
         self.connection.uncork();
+        // Not while corked: what this completes is sent at once.
+        self.export.gathered();
         match next {
             None => self.unless_gone(self.connection.outbox.idle()).await?,
             Some(Next::Input(total)) => self.fill(total).await?,
