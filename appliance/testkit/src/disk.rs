@@ -6,6 +6,7 @@
 //! be old or new, all independently. After a failed sync the data is still there to be read, but
 //! later syncs do not save it, as with the Linux page cache.
 
+mod block;
 mod inode;
 
 use std::collections::BTreeMap;
@@ -17,6 +18,8 @@ use srn_store::io::{Access, File, Fs};
 
 use crate::chance::Chance;
 use inode::Inode;
+
+pub use block::{BlockDisk, Cut, PowerOff, Requests, Toll};
 
 /// What shall go wrong.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -6,7 +6,7 @@ pub mod chance;
 pub mod disk;
 
 pub use chance::Chance;
-pub use disk::{Fault, SimDisk};
+pub use disk::{BlockDisk, Fault, SimDisk};
 
 /// The seeds of a run: `SIM_SEED=n` for one, `SIM_SEEDS=n` for how many (from `SIM_FROM`).
 #[must_use]

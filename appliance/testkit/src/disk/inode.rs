@@ -183,6 +183,16 @@ impl Inode {
         lost
     }
 
+    /// The power goes off: each sector that is not durable keeps the version that `choose` picks, of
+    /// as many as it is told, the durable one first.
+    pub(super) fn cut_by(&mut self, mut choose: impl FnMut(u64, usize) -> usize) {
+        for (number, versions) in std::mem::take(&mut self.versions) {
+            if let Some(kept) = versions.get(choose(number, versions.len())) {
+                self.seen.insert(number, *kept);
+            }
+        }
+    }
+
     /// Flips a bit.
     pub(super) fn rot(&mut self, offset: u64) {
         let sector = self.seen.entry(offset / SECTOR).or_insert(ZERO);
