@@ -12,6 +12,9 @@ declare -A PURPOSES=(
 grub-efi-amd64-bin python3 uidmap"
     [qemu]="qemu-system-x86 qemu-utils ovmf seabios mtools fdisk binutils procps"
     [nbd]="libnbd-bin nbdkit fio"
+    [power]="qemu-system-x86 busybox-static cpio binutils e2fsprogs util-linux"
+    [build]="gcc libc6-dev make"
+    [bench]="openssh-client openssh-server openssl rsync socat zstd"
     [lint]="shellcheck"
 )
 

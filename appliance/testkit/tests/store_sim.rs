@@ -102,6 +102,7 @@ impl World {
         world
     }
 
+    #[expect(clippy::print_stdout, reason = "a trace is asked for")]
     fn saw(&mut self, what: &'static str) {
         if std::env::var_os("SIM_TRACE").is_some() {
             println!(

@@ -1,0 +1,101 @@
+//! The product beside others, on one machine, in one run.
+//!
+//! Each measurement alternates: ours, theirs, ours, theirs, ... so that a busy neighbour meets both.
+//! What is compared is the ratio of each pair; its median and its middle half are printed. Nothing
+//! is asserted.
+
+#![expect(clippy::print_stdout, clippy::print_stderr, reason = "tables are what it makes")]
+
+mod front;
+mod memory;
+mod peers;
+mod table;
+mod whole;
+
+use std::path::Path;
+use std::process::ExitCode;
+
+use srn_e2e::{Lab, Node};
+
+use table::Table;
+
+/// What was asked for.
+struct Plan {
+    pairs: usize,
+    only: Option<String>,
+    records: u64,
+}
+
+/// A pair of nodes, and room for everything.
+struct Site {
+    production: Node,
+    recovery: Node,
+    // Goes last.
+    lab: Lab,
+}
+
+const USAGE: &str = "usage: bench [--pairs N] [--only front|copy|whole|lag|memory] [--records N]";
+
+fn plan() -> Result<Plan, String> {
+    let mut plan = Plan { pairs: 9, only: None, records: 50_000_000 };
+    let mut arguments = std::env::args().skip(1);
+    while let Some(argument) = arguments.next() {
+        let value = arguments.next().ok_or(USAGE)?;
+        match argument.as_str() {
+            "--pairs" => plan.pairs = value.parse().map_err(|_| USAGE)?,
+            "--records" => plan.records = value.parse().map_err(|_| USAGE)?,
+            "--only" => plan.only = Some(value),
+            _ => return Err(USAGE.into()),
+        }
+    }
+    Ok(plan)
+}
+
+#[tokio::main(flavor = "current_thread")]
+async fn main() -> ExitCode {
+    let plan = match plan() {
+        Ok(plan) => plan,
+        Err(usage) => {
+            eprintln!("{usage}");
+            return ExitCode::from(2);
+        }
+    };
+    // Not /tmp, which is memory on some machines.
+    let lab = Lab::within(Path::new("/var/tmp"));
+    let (production, recovery) = lab.pair().await;
+    let mut site = Site { production, recovery, lab };
+    let mut table = Table::default();
+    let wanted = |name: &str| plan.only.as_deref().is_none_or(|only| only == name);
+    if wanted("front") {
+        front::measure(&site, plan.pairs, &mut table).await;
+    }
+    if wanted("copy") {
+        whole::measure_front_copy(&site, plan.pairs, &mut table).await;
+    }
+    if wanted("whole") {
+        whole::measure(&site, plan.pairs, &mut table).await;
+    }
+    if wanted("lag") {
+        front::measure_lag(&site, &mut table).await;
+    }
+    if wanted("memory") {
+        memory::measure(&mut site, plan.records, &mut table).await;
+    }
+    println!("\n{table}");
+    ExitCode::SUCCESS
+}
+
+/// A group with one served disk of `size`, as `srn` writes sizes, replicated to the peer.
+async fn served(site: &Site, group: &str, size: &str) {
+    let create = ["group", "create", group, "--peer", "recovery", "--keep", "replica"];
+    let _ = site.production.srn(&create).await.done();
+    let _ = site.production.srn(&["disk", "add", group, "disk", "--size", size]).await.done();
+    site.production.in_step(group).await;
+}
+
+/// Takes a group away at both nodes.
+async fn remove(site: &Site, group: &str) {
+    for node in [&site.production, &site.recovery] {
+        let _ = node.srn(&["group", "delete", group, "--yes"]).await.done();
+    }
+}

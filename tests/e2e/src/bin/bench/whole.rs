@@ -1,0 +1,221 @@
+//! Copies of a Debian disk: to the front, and to the far end.
+
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
+
+use srn_e2e::{tool, wait_for};
+use tokio::process::Command;
+use tokio::time::Instant;
+
+use super::peers::{self, Server, free_port};
+use super::table::{Comparison, Table, quantile};
+use super::{Site, remove, served};
+
+const MIB: f64 = 2048.0;
+
+/// The disk of a Debian server, 2 GiB of which some 40 % are zeros.
+async fn image(site: &Site) -> PathBuf {
+    let disk = site.lab.path("image.raw");
+    if !disk.exists() {
+        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../server/build.sh");
+        let built = Command::new(&script).args(["--fill", "800M"]).arg(&disk).status().await;
+        assert!(built.is_ok_and(|status| status.success()), "the image could not be built");
+        // Read it once, so that nobody pays for it.
+        let _ = std::fs::read(&disk).map(|bytes| bytes.len());
+    }
+    disk
+}
+
+async fn nbdcopy(from: &Path, uri: &str) {
+    let from = from.display().to_string();
+    let _ = tool::run("nbdcopy", &["--flush", from.as_str(), uri]).await.done();
+}
+
+async fn seconds(work: impl Future<Output = ()>) -> f64 {
+    let began = Instant::now();
+    work.await;
+    began.elapsed().as_secs_f64()
+}
+
+/// `nbdcopy --flush` of the image into the front.
+pub(crate) async fn measure_front_copy(site: &Site, pairs: usize, table: &mut Table) {
+    let image = image(site).await;
+    let target = site.lab.path("copy.raw");
+    let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+    for _ in 0..pairs {
+        served(site, "copy", "2G").await;
+        let uri = site.production.nbd_uri("copy/disk");
+        ours.push(MIB * 1.048_576 / seconds(nbdcopy(&image, &uri)).await);
+        remove(site, "copy").await;
+        let _ = tool::run("truncate", &["-s", "2G", &target.display().to_string()]).await.done();
+        let peer = peers::qemu_nbd(&target, &[]).await;
+        theirs.push(MIB * 1.048_576 / seconds(nbdcopy(&image, &peer.uri())).await);
+        drop(peer);
+        let _ = std::fs::remove_file(&target);
+    }
+    table.compare(&Comparison {
+        what: "nbdcopy --flush of a 2 GiB Debian disk into the front",
+        peer: "qemu-nbd",
+        unit: "MB/s",
+        ours: &ours,
+        theirs: &theirs,
+        target: "≥ 1.0",
+    });
+}
+
+/// From the first byte read until everything is durable, encrypted on the way, at the far end.
+pub(crate) async fn measure(site: &Site, pairs: usize, table: &mut Table) {
+    let image = image(site).await;
+    let far = Far::new(site.lab.dir(), &image).await;
+    let mut ours = Vec::new();
+    let mut theirs: [Vec<f64>; 3] = Default::default();
+    for _ in 0..pairs {
+        served(site, "whole", "2G").await;
+        let uri = site.production.nbd_uri("whole/disk");
+        ours.push(
+            seconds(async {
+                nbdcopy(&image, &uri).await;
+                site.production.in_step("whole").await;
+            })
+            .await,
+        );
+        remove(site, "whole").await;
+        theirs[0].push(far.tls_nbd().await);
+        theirs[1].push(far.zstd_socat().await);
+        theirs[2].push(far.rsync_ssh().await);
+    }
+    let names = ["nbdcopy to qemu-nbd, TLS", "zstd -1 | socat, TLS", "rsync over ssh, zstd"];
+    for (name, theirs) in names.iter().zip(&theirs) {
+        table.compare(&Comparison {
+            what: "whole job, the same disk, durable at the far end",
+            peer: name,
+            unit: "s",
+            ours: &ours,
+            theirs,
+            target: "",
+        });
+    }
+    let best = theirs
+        .iter()
+        .min_by(|a, b| quantile(a, 0.5).total_cmp(&quantile(b, 0.5)))
+        .expect("there are some");
+    table.compare(&Comparison {
+        what: "whole job beside the best of these",
+        peer: "the best",
+        unit: "s",
+        ours: &ours,
+        theirs: best,
+        target: "≤ 0.9",
+    });
+}
+
+/// What the others need at the far end: certificates, a key, a daemon.
+struct Far {
+    dir: PathBuf,
+    image: PathBuf,
+    ssh_port: u16,
+    _sshd: Server,
+}
+
+impl Far {
+    async fn new(dir: &Path, image: &Path) -> Self {
+        let dir = dir.join("far");
+        std::fs::create_dir_all(&dir).expect("a directory");
+        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/bin/bench/far.sh");
+        let made = Command::new("bash").arg(&script).arg(&dir).status().await;
+        assert!(made.is_ok_and(|status| status.success()), "keys could not be made");
+        let port = free_port();
+        let mut sshd = Command::new("/usr/sbin/sshd");
+        sshd.arg("-D").arg("-e").arg("-p").arg(port.to_string());
+        sshd.arg("-f").arg(dir.join("sshd_config")).stderr(Stdio::null());
+        let sshd = Server::start(sshd, port).await;
+        Self { dir, image: image.to_owned(), ssh_port: sshd.port(), _sshd: sshd }
+    }
+
+    fn fresh_target(&self) -> PathBuf {
+        let target = self.dir.join("target.raw");
+        let _ = std::fs::remove_file(&target);
+        target
+    }
+
+    /// Everything in the file is on disk.
+    fn sync(target: &Path) {
+        std::fs::File::open(target).and_then(|file| file.sync_all()).expect("a sync");
+    }
+
+    async fn tls_nbd(&self) -> f64 {
+        let target = self.fresh_target();
+        std::fs::File::create(&target).and_then(|file| file.set_len(2 << 30)).expect("a file");
+        let tls = format!("tls-creds-x509,id=tls0,endpoint=server,dir={}", self.dir.display());
+        let peer = peers::qemu_nbd(&target, &["--object", &tls, "--tls-creds", "tls0"]).await;
+        let uri = format!(
+            "nbds://127.0.0.1:{}/disk?tls-certificates={}&tls-hostname=localhost",
+            peer.port(),
+            self.dir.display()
+        );
+        seconds(nbdcopy(&self.image, &uri)).await
+    }
+
+    async fn zstd_socat(&self) -> f64 {
+        let (target, port) = (self.fresh_target(), free_port());
+        let (dir, image) = (self.dir.display(), self.image.display());
+        let receive = format!(
+            "socat -u openssl-listen:{port},bind=127.0.0.1,reuseaddr,cert={dir}/server-cert.pem,\
+             key={dir}/server-key.pem,cafile={dir}/ca-cert.pem,verify=1 - | zstd -dcq | \
+             dd of={} bs=1M conv=sparse,fsync iflag=fullblock status=none && \
+             truncate -s 2G {0}",
+            target.display()
+        );
+        let mut receiver = Command::new("bash")
+            .args(["-o", "pipefail", "-c", &receive])
+            .kill_on_drop(true)
+            .spawn()
+            .expect("bash");
+        let hex = format!(":{port:04X} 00000000:0000 0A");
+        wait_for("socat listens", Duration::from_secs(10), async || {
+            let table = std::fs::read_to_string("/proc/net/tcp").unwrap_or_default();
+            table.contains(&hex).then_some(())
+        })
+        .await;
+        let send = format!(
+            "zstd -1 -cq {image} | socat -u - openssl-connect:127.0.0.1:{port},\
+             cert={dir}/client-cert.pem,key={dir}/client-key.pem,cafile={dir}/ca-cert.pem,\
+             commonname=localhost"
+        );
+        seconds(async {
+            let _ = tool::run("bash", &["-o", "pipefail", "-c", &send]).await.done();
+            let ended = receiver.wait().await.expect("it ends");
+            assert!(ended.success(), "the receiving end: {ended}");
+        })
+        .await
+    }
+
+    async fn rsync_ssh(&self) -> f64 {
+        let target = self.fresh_target();
+        let ssh = format!(
+            "ssh -p {} -i {}/user -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null \
+             -o LogLevel=ERROR -o IdentitiesOnly=yes",
+            self.ssh_port,
+            self.dir.display()
+        );
+        let to = format!("127.0.0.1:{}", target.display());
+        let image = self.image.display().to_string();
+        seconds(async {
+            let arguments = [
+                "-W",
+                "--sparse",
+                "--compress",
+                "--compress-choice=zstd",
+                "--compress-level=1",
+                "-e",
+                &ssh,
+                &image,
+                &to,
+            ];
+            let _ = tool::run("rsync", &arguments).await.done();
+            Self::sync(&target);
+        })
+        .await
+    }
+}
