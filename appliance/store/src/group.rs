@@ -254,7 +254,15 @@ impl Group {
         if let Some(parent) = dir.parent() {
             shared.volume.sync_dir(parent).doing(doing)?;
         }
-        Self::open(shared, options, dir, new.now)
+        let opened = Self::open(shared, options, dir, new.now)?;
+        // The first writes shall be as quick as all others; and without room for one segment there
+        // had better be no group.
+        if let Err(error) = opened.group.prepare_spare() {
+            drop(opened);
+            let _ = shared.volume.remove_dir(dir);
+            return Err(error);
+        }
+        Ok(opened)
     }
 
     pub(crate) fn lock(&self) -> MutexGuard<'_, State> {
@@ -436,6 +444,16 @@ impl Group {
 
     /// Changes the manifest: the new one is durable before anyone sees it.
     pub(crate) fn publish(&self, change: impl FnOnce(&mut Manifest)) -> Result<()> {
+        self.publish_with(change, |_| {})
+    }
+
+    /// The same; `install` puts what the new manifest lists where readers look for it, in the same
+    /// moment: nobody may see a manifest that lists what is not open.
+    pub(crate) fn publish_with(
+        &self,
+        change: impl FnOnce(&mut Manifest),
+        install: impl FnOnce(&mut State),
+    ) -> Result<()> {
         let _one_at_a_time = self.publishing.lock().unwrap_or_else(PoisonError::into_inner);
         let mut next = {
             let state = self.lock();
@@ -452,6 +470,7 @@ impl Group {
         next.next_slot = next.next_slot.max(state.manifest.next_slot);
         next.next_run = next.next_run.max(state.manifest.next_run);
         state.manifest = next;
+        install(&mut state);
         Ok(())
     }
 }

@@ -67,42 +67,43 @@ impl Group {
         })?;
         let run = prefix.as_ref().map(|meta| self.open_run(meta)).transpose()?;
         let timeline = TimelineMeta { epochs: line, purpose, since: now.wall, pieces };
-        self.publish(|manifest| {
-            if let Some(meta) = prefix {
-                manifest.runs.insert(meta.file, meta);
-            }
-            if purpose == Purpose::Main {
-                let old = manifest.main;
-                let has_tail = manifest.timelines.get(&old).is_some_and(|line| {
-                    line.pieces.last().is_some_and(|piece| piece.last.seq > at.seq)
-                });
-                if has_tail && let Some(line) = manifest.timelines.get_mut(&old) {
-                    line.purpose = Purpose::Branch;
-                } else {
-                    // The new line holds all of it.
-                    manifest.timelines.remove(&old);
-                }
-                manifest.main = id;
-                manifest.role = Role::Primary;
-                manifest.fence = None;
-                manifest.acked = Seq::ZERO;
-            }
-            manifest.timelines.insert(id, timeline);
-        })?;
         let catalog = view.catalog();
         let clock = LogClock::resume(catalog.log_time, catalog.wall_time, now);
-        {
-            let mut state = self.lock();
-            if let (Some(meta), Some(run)) = (prefix, run) {
-                state.runs.insert(meta.file, run);
-            }
-            if purpose == Purpose::Main {
-                state.acked = Seq::ZERO;
-                let kept: Vec<EpochId> = state.manifest.timelines.keys().copied().collect();
-                state.lines.retain(|epoch, _| kept.contains(epoch));
-            }
-            state.lines.insert(id, Line::at(at, catalog));
-        }
+        self.publish_with(
+            |manifest| {
+                if let Some(meta) = prefix {
+                    manifest.runs.insert(meta.file, meta);
+                }
+                if purpose == Purpose::Main {
+                    let old = manifest.main;
+                    let has_tail = manifest.timelines.get(&old).is_some_and(|line| {
+                        line.pieces.last().is_some_and(|piece| piece.last.seq > at.seq)
+                    });
+                    if has_tail && let Some(line) = manifest.timelines.get_mut(&old) {
+                        line.purpose = Purpose::Branch;
+                    } else {
+                        // The new line holds all of it.
+                        manifest.timelines.remove(&old);
+                    }
+                    manifest.main = id;
+                    manifest.role = Role::Primary;
+                    manifest.fence = None;
+                    manifest.acked = Seq::ZERO;
+                }
+                manifest.timelines.insert(id, timeline);
+            },
+            |state| {
+                if let (Some(meta), Some(run)) = (prefix, run) {
+                    state.runs.insert(meta.file, run);
+                }
+                if purpose == Purpose::Main {
+                    state.acked = Seq::ZERO;
+                    let kept: Vec<EpochId> = state.manifest.timelines.keys().copied().collect();
+                    state.lines.retain(|epoch, _| kept.contains(epoch));
+                }
+                state.lines.insert(id, Line::at(at, catalog));
+            },
+        )?;
         let mut appender = Appender::new(self.clone(), id, at, clock);
         begin_epoch(&mut appender, Epoch { id, forked_from: at }, now)?;
         Ok(appender)

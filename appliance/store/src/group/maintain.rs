@@ -117,18 +117,19 @@ impl Group {
             last_log_time: catalog.log_time,
             is_prefix: false,
         };
-        self.publish(|manifest| {
-            manifest.segments.insert(piece.ordinal, segment);
-            manifest.runs.insert(meta.file, meta);
-            if let Some(line) = manifest.timelines.get_mut(&epoch) {
-                line.pieces.push(piece);
-            }
-        })?;
-        {
-            let mut state = self.lock();
-            state.segments.insert(open.segment.ordinal, open.segment.clone());
-            state.runs.insert(meta.file, run);
-        }
+        self.publish_with(
+            |manifest| {
+                manifest.segments.insert(piece.ordinal, segment);
+                manifest.runs.insert(meta.file, meta);
+                if let Some(line) = manifest.timelines.get_mut(&epoch) {
+                    line.pieces.push(piece);
+                }
+            },
+            |state| {
+                state.segments.insert(open.segment.ordinal, open.segment.clone());
+                state.runs.insert(meta.file, run);
+            },
+        )?;
         self.take_unsealed(epoch, open);
         Ok(())
     }
@@ -202,14 +203,17 @@ impl Group {
             catalog: &[],
         })?;
         let run = self.open_run(&meta)?;
-        self.publish(|manifest| {
-            manifest.runs.insert(meta.file, meta);
-        })?;
-        let mut state = self.lock();
-        state.runs.insert(meta.file, run);
-        for line in state.lines.values_mut() {
-            line.sources = None;
-        }
+        self.publish_with(
+            |manifest| {
+                manifest.runs.insert(meta.file, meta);
+            },
+            |state| {
+                state.runs.insert(meta.file, run);
+                for line in state.lines.values_mut() {
+                    line.sources = None;
+                }
+            },
+        )?;
         Ok(true)
     }
 
