@@ -11,7 +11,7 @@ declare -A PURPOSES=(
     [server]="mmdebstrap mtools dosfstools e2fsprogs fdisk grub-common grub-pc-bin \
 grub-efi-amd64-bin python3 uidmap"
     [qemu]="qemu-system-x86 qemu-utils ovmf seabios mtools fdisk binutils procps"
-    [nbd]="libnbd-bin nbdkit fio"
+    [nbd]="libnbd-bin python3-libnbd nbdkit fio"
     [power]="qemu-system-x86 busybox-static cpio binutils e2fsprogs util-linux"
     [build]="gcc libc6-dev make"
     [bench]="openssh-client openssh-server openssl rsync socat zstd"

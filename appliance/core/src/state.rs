@@ -51,6 +51,8 @@ pub enum Cause {
     LinkDown,
     /// The session is up and the two nodes are agreeing on where to go on.
     Negotiating,
+    /// The log here is at its cap, or the state volume is full.
+    NoRoom,
     /// The peer says that it cannot store frames now.
     PeerHindered,
     /// The peer refuses; the text that came with it says why.
@@ -153,6 +155,7 @@ impl Cause {
             Self::FailedOver => "failed over to this node, which nothing protects yet",
             Self::LinkDown => "no connection to the peer",
             Self::Negotiating => "agreeing with the peer on where to go on",
+            Self::NoRoom => "the log here has no room",
             Self::PeerHindered => "the peer cannot take frames",
             Self::PeerRefuses => "the peer refuses",
             Self::PausedHere => "paused by an administrator",
@@ -199,6 +202,8 @@ pub enum Link {
     Negotiating,
     /// Frames flow, or could.
     Streaming,
+    /// Whatever the link does, there is no room for more frames here.
+    NoRoom,
     /// Frames would flow, but the peer cannot store them.
     Hindered,
     /// The peer refuses without naming a history.
@@ -248,6 +253,7 @@ pub const fn decide(facts: &Facts) -> (State, Cause) {
         (Content::Clean, Link::FailedOver) => (State::Disconnected, Cause::FailedOver),
         (Content::Clean, Link::Down) => (State::Disconnected, Cause::LinkDown),
         (Content::Clean, Link::Negotiating) => (State::Disconnected, Cause::Negotiating),
+        (Content::Clean, Link::NoRoom) => (State::Disconnected, Cause::NoRoom),
         (Content::Clean, Link::Hindered) => (State::Disconnected, Cause::PeerHindered),
         (Content::Clean, Link::Refused) => (State::Disconnected, Cause::PeerRefuses),
         // Returned above.
@@ -268,6 +274,7 @@ mod tests {
                 Link::Down,
                 Link::Negotiating,
                 Link::Streaming,
+                Link::NoRoom,
                 Link::Hindered,
                 Link::Refused,
                 Link::FailedOver,

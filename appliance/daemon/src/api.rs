@@ -28,7 +28,7 @@ const BODY_MAX: usize = 1 << 20;
 impl IntoResponse for Failure {
     fn into_response(self) -> Response {
         let status = match self.kind {
-            Kind::Invalid => StatusCode::BAD_REQUEST,
+            Kind::Usage | Kind::Invalid => StatusCode::BAD_REQUEST,
             Kind::NotFound => StatusCode::NOT_FOUND,
             Kind::Conflict => StatusCode::CONFLICT,
             Kind::Refused | Kind::Untrusted => StatusCode::FORBIDDEN,

@@ -71,14 +71,14 @@ struct NodeFile {
 #[derive(Debug, Deserialize, Default)]
 #[serde(deny_unknown_fields, default)]
 struct LinkFile {
-    listen: Option<SocketAddr>,
+    listen: Option<String>,
 }
 
 #[derive(Debug, Deserialize, Default)]
 #[serde(deny_unknown_fields, default)]
 struct NbdFile {
-    listen: Vec<SocketAddr>,
-    allow: Vec<IpNet>,
+    listen: Vec<String>,
+    allow: Vec<String>,
     socket_group: Option<String>,
 }
 
@@ -201,8 +201,30 @@ impl Config {
             None => rustix::system::uname().nodename().to_string_lossy().to_lowercase(),
         };
         let run_dir = file.node.run_dir.unwrap_or_else(|| "/run/srn".into());
-        if let Some(open) = file.nbd.listen.iter().find(|addr| !addr.ip().is_loopback())
-            && file.nbd.allow.is_empty()
+        let address = |key, text: &str, example: &str| {
+            text.parse::<SocketAddr>().map_err(|_| {
+                value(key, format!("{text:?} is no address and port, for example {example:?}"))
+            })
+        };
+        let link_listen = match &file.link.listen {
+            Some(text) => address("link.listen", text, "0.0.0.0:7310")?,
+            None => ([0, 0, 0, 0], LINK_PORT).into(),
+        };
+        let nbd_listen: Vec<SocketAddr> = file
+            .nbd
+            .listen
+            .iter()
+            .map(|text| address("nbd.listen", text, "127.0.0.1:10809"))
+            .collect::<Result<_, _>>()?;
+        let network = |text: &String| {
+            text.parse::<IpNet>().map_err(|_| {
+                let example = "192.0.2.10/32";
+                value("nbd.allow", format!("{text:?} is no network, for example {example:?}"))
+            })
+        };
+        let nbd_allow: Vec<IpNet> = file.nbd.allow.iter().map(network).collect::<Result<_, _>>()?;
+        if let Some(open) = nbd_listen.iter().find(|addr| !addr.ip().is_loopback())
+            && nbd_allow.is_empty()
         {
             return Err(value(
                 "nbd.allow",
@@ -215,9 +237,9 @@ impl Config {
         Ok(Self {
             name: name.parse().map_err(|error| value("node.name", format!("{error}")))?,
             state_dir: file.node.state_dir.unwrap_or_else(|| "/var/lib/srn".into()),
-            link_listen: file.link.listen.unwrap_or_else(|| ([0, 0, 0, 0], LINK_PORT).into()),
-            nbd_listen: file.nbd.listen,
-            nbd_allow: file.nbd.allow,
+            link_listen,
+            nbd_listen,
+            nbd_allow,
             nbd_socket_group: file.nbd.socket_group,
             control_socket: file.control.socket.unwrap_or_else(|| run_dir.join("control.sock")),
             control_group: file.control.group,
@@ -280,7 +302,8 @@ fn place(text: &str, at: usize) -> String {
     let before = text.get(..at).unwrap_or(text);
     let line = before.matches('\n').count() + 1;
     let column = before.rsplit('\n').next().map_or(0, |start| start.chars().count()) + 1;
-    format!("line {line}, column {column}")
+    let shown = text.lines().nth(line - 1).unwrap_or_default().trim();
+    format!("line {line}, column {column} ({shown})")
 }
 
 fn one_line(text: &str) -> String {

@@ -7,6 +7,8 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Kind {
+    /// The command line is not what the help says.
+    Usage,
     /// What was asked for is malformed or makes no sense.
     Invalid,
     /// A thing of that name does not exist.
@@ -28,11 +30,12 @@ pub enum Kind {
 }
 
 impl Kind {
-    /// The exit code of the command line. 0 is success, 2 is for the command line's own syntax.
+    /// The exit code of the command line. 0 is success.
     #[must_use]
     pub const fn exit_code(self) -> u8 {
         match self {
             Self::Internal => 1,
+            Self::Usage => 2,
             Self::Invalid => 3,
             Self::NotFound => 4,
             Self::Conflict => 5,
@@ -117,7 +120,12 @@ impl From<srn_store::StoreError> for Failure {
             E::NewerVersion { .. } => Kind::Refused,
             E::Io { .. } | E::Full(_) | E::Corrupt(_) | E::Stopped(_) => Kind::Storage,
         };
-        Self::new(kind, error.to_string())
+        let way_out = match &error {
+            E::NewerVersion { .. } => "; update srn",
+            E::Full(_) => "; make room",
+            _ => "",
+        };
+        Self::new(kind, format!("{error}{way_out}"))
     }
 }
 

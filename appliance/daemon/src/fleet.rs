@@ -114,6 +114,9 @@ pub struct RecoveryRecord {
     pub started_at: i64,
     /// The machine's run directory.
     pub folder: PathBuf,
+    /// Whether only its disks are served, and no machine was asked for.
+    #[serde(default)]
+    pub only_disks: bool,
 }
 
 /// How bad an event is.

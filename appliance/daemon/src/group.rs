@@ -8,6 +8,7 @@ mod incoming;
 mod lag;
 mod maintainer;
 mod outgoing;
+mod room;
 mod status;
 
 pub use export::{DiskExport, ReadOnlyExport, Slot, Slots};
@@ -28,15 +29,18 @@ use srn_store::StoreError;
 use srn_store::catalog::Catalog;
 use srn_store::group::{Appender, Change, Group as Store, Opened, Options, OwnedRecord};
 use srn_store::manifest::{Fence, Keep, Note, Role};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, oneshot};
 
 use crate::clock;
 use crate::context::Context;
 use crate::error::{Failure, Kind, Result};
-use crate::fleet::{FullPolicy, GroupRecord, IsolatedStart, Level, Source, SourceRecord};
-use engine::{Engine, Watcher};
+use crate::fleet::{GroupRecord, IsolatedStart, Level, Source, SourceRecord};
+use engine::{Client, Closed, Done, Engine, Op, Watcher};
 use lag::Lag;
 use maintainer::Maintainer;
+
+/// How long somebody waits for room in a full log before they are told that there is none.
+const NO_ROOM_PATIENCE: Duration = Duration::from_secs(1);
 
 /// A running group.
 #[derive(Debug)]
@@ -77,6 +81,11 @@ struct Facts {
     failure: Option<(Cause, String)>,
     /// The log is full, and why.
     full: Option<String>,
+    /// The engine waits for room: since when, and why. The log may be full, or its maintenance just
+    /// behind.
+    stalled: Option<(String, srn_core::time::Mono)>,
+    /// When it last waited.
+    stalled_at: Option<srn_core::time::Mono>,
     /// Sources that are not running, and why; by disk number.
     sources: std::collections::BTreeMap<u32, String>,
     /// Sources' progress of a first copy or resync.
@@ -90,6 +99,8 @@ struct Facts {
     /// At start without the peer: exports stay closed until it has been heard.
     waiting_for_peer: bool,
     last_checkpoint: Option<srn_core::time::Mono>,
+    /// The node is stopping: what changes now is no news.
+    silent: bool,
 }
 
 /// How far a copy is.
@@ -139,21 +150,15 @@ impl Group {
         let mut record = new.record;
         record.id = id.to_string();
         record.name = new.name.to_string();
-        let opened = Store::create(
-            context.store(),
-            options(context, &record),
-            &context.group_dir(&record.id),
-            &srn_store::group::NewGroup {
-                group: id,
-                name: record.name.clone(),
-                role: Role::Primary,
-                keep: new.keep,
-                epoch: EpochId(clock::random()),
-                now: clock::now(),
-            },
-        )?;
-        context.fleet().put_group(&record)?;
-        Self::run(context, record, opened).map(|(group, _)| group)
+        let new = srn_store::group::NewGroup {
+            group: id,
+            name: record.name.clone(),
+            role: Role::Primary,
+            keep: new.keep,
+            epoch: EpochId(clock::random()),
+            now: clock::now(),
+        };
+        Self::make(context, record, &new)
     }
 
     /// Makes the replica of a group that a peer offers.
@@ -166,21 +171,35 @@ impl Group {
         first_epoch: EpochId,
         record: GroupRecord,
     ) -> Result<Arc<Self>> {
-        let opened = Store::create(
-            context.store(),
-            options(context, &record),
-            &context.group_dir(&record.id),
-            &srn_store::group::NewGroup {
-                group: id,
-                name: record.name.clone(),
-                role: Role::Secondary,
-                keep: Keep::Replica,
-                epoch: first_epoch,
-                now: clock::now(),
-            },
-        )?;
-        context.fleet().put_group(&record)?;
-        Self::run(context, record, opened).map(|(group, _)| group)
+        let new = srn_store::group::NewGroup {
+            group: id,
+            name: record.name.clone(),
+            role: Role::Secondary,
+            keep: Keep::Replica,
+            epoch: first_epoch,
+            now: clock::now(),
+        };
+        Self::make(context, record, &new)
+    }
+
+    /// Makes a group, or leaves nothing of it.
+    fn make(
+        context: &Context,
+        record: GroupRecord,
+        new: &srn_store::group::NewGroup,
+    ) -> Result<Arc<Self>> {
+        let dir = context.group_dir(&record.id);
+        let was_there = dir.exists();
+        let made = Store::create(context.store(), options(context, &record), &dir, new)
+            .map_err(Failure::from)
+            .and_then(|opened| {
+                context.fleet().put_group(&record)?;
+                Ok(opened)
+            });
+        if made.is_err() && !was_there {
+            let _ = std::fs::remove_dir_all(&dir);
+        }
+        Self::run(context, record, made?).map(|(group, _)| group)
     }
 
     /// Opens a group that is there.
@@ -191,8 +210,7 @@ impl Group {
     /// Storage failures.
     pub fn open(context: &Context, record: GroupRecord) -> Result<(Arc<Self>, Clones)> {
         let dir = context.group_dir(&record.id);
-        let opened = Store::open(context.store(), options(context, &record), &dir, clock::now())
-            .map_err(|error| Failure::from(error).while_doing(&format!("group {}", record.name)))?;
+        let opened = Store::open(context.store(), options(context, &record), &dir, clock::now())?;
         if opened.rewritten > 0 {
             log::info!(
                 "group {}: {} frames at the end of the log were written again, as nothing proved \
@@ -413,11 +431,50 @@ impl Group {
         })
     }
 
-    /// Adds a disk.
+    /// Appends what somebody waits for: when the log is full it is refused, and never done later.
+    async fn append_now(&self, records: Vec<OwnedRecord>) -> Result<Position> {
+        let client = Arc::new(Client::default());
+        let (done, mut told) = oneshot::channel();
+        let engine = self.engine();
+        engine.submit_one(Op {
+            client: Some(client.clone()),
+            changes: records.into_iter().map(Change::Record).collect(),
+            bytes: 0,
+            done: Done::Task(done),
+        });
+        let closed = |closed: Closed| Failure::refused(format!("group {}: {closed}", self.name()));
+        loop {
+            // Room is looked for several times in this time.
+            if let Ok(answer) = tokio::time::timeout(NO_ROOM_PATIENCE, &mut told).await {
+                let gone = |_| Err(Closed("the log was closed".into()));
+                return answer.unwrap_or_else(gone).map_err(closed);
+            }
+            let Some(why) = self.facts().full.clone() else { continue };
+            client.leave();
+            engine.settled().await;
+            // It is in the log by now, or never will be.
+            return match told.await {
+                Ok(answer) => answer.map_err(closed),
+                Err(_) => Err(Failure::new(
+                    Kind::Storage,
+                    format!("group {}: {why}; nothing was done, make room first", self.name()),
+                )),
+            };
+        }
+    }
+
+    /// Adds a disk. Where `fills` is set its first copy is yet to come.
     ///
     /// # Errors
-    /// [`Kind::Conflict`] when the name is taken; [`Kind::Invalid`] for a source that cannot be.
-    pub async fn add_disk(&self, name: &Name, sectors: u64, source: Source) -> Result<DiskNo> {
+    /// [`Kind::Conflict`] when the name is taken; [`Kind::Invalid`] for a source that cannot be;
+    /// [`Kind::Storage`] when there is no room.
+    pub async fn add_disk(
+        &self,
+        name: &Name,
+        sectors: u64,
+        source: Source,
+        fills: bool,
+    ) -> Result<DiskNo> {
         self.check_writable()?;
         let catalog = self.catalog();
         if catalog.by_name(name.as_str()).is_some() {
@@ -433,15 +490,16 @@ impl Group {
         let disk = DiskNo(catalog.next_disk);
         let id = DiskId(clock::random());
         let mut records = vec![OwnedRecord::DiskAdd(disk, id, sectors, name.clone())];
-        if source != Source::Served {
+        if fills {
             // Until its first copy is whole there is nothing to recover.
             records.push(OwnedRecord::ResyncBegin(disk, ResyncReason::Seeding));
         }
-        self.append(records).await?;
+        // First, as it can fail too; of a disk that does not come to be it means nothing.
         self.change_settings(|record| {
             record.sources.retain(|source| source.disk != disk.0);
             record.sources.push(SourceRecord { disk: disk.0, source });
         })?;
+        self.append_now(records).await?;
         self.context.event(Level::Info, Some(&self.name()), &format!("disk {name} was added"));
         Ok(disk)
     }
@@ -453,8 +511,13 @@ impl Group {
     pub async fn remove_disk(&self, name: &str) -> Result<DiskNo> {
         self.check_writable()?;
         let (disk, _) = self.disk(name)?;
-        self.append(vec![OwnedRecord::DiskRemove(disk)]).await?;
-        self.change_settings(|record| record.sources.retain(|source| source.disk != disk.0))?;
+        self.append_now(vec![OwnedRecord::DiskRemove(disk)]).await?;
+        let forgotten =
+            self.change_settings(|record| record.sources.retain(|source| source.disk != disk.0));
+        if let Err(error) = forgotten {
+            // The disk is gone, and its number is never used again.
+            log::error!("group {}: forgetting a disk's source: {error}", self.name());
+        }
         self.context.event(Level::Info, Some(&self.name()), &format!("disk {name} was removed"));
         Ok(disk)
     }
@@ -547,7 +610,7 @@ impl Group {
                 self.name()
             )));
         }
-        let position = self.append(vec![OwnedRecord::Mark(id, kind)]).await?;
+        let position = self.append_now(vec![OwnedRecord::Mark(id, kind)]).await?;
         self.note(id, label).await?;
         self.facts().last_checkpoint = Some(clock::mono());
         Ok((id, Some(position)))
@@ -580,22 +643,20 @@ impl Group {
         }
     }
 
-    /// Pauses or resumes replication.
+    /// Pauses or resumes replication. Who resumes also says that there is a session with the peer,
+    /// if there is one: a group that is paused may not know of it.
     ///
     /// # Errors
     /// When the setting cannot be written.
     pub async fn set_paused(self: &Arc<Self>, paused: bool) -> Result<()> {
         self.change_settings(|record| record.paused = paused)?;
-        let session = self.session();
         if paused {
-            if let Some(session) = &session {
+            if let Some(session) = self.session() {
                 let text = "paused by an administrator".to_owned();
                 let refuse = self.refuse(RefuseCode::Paused, text);
                 let _ = session.send(&refuse).await;
             }
             self.end_stream();
-        } else if let Some(session) = session {
-            self.session_up(&session).await;
         }
         let what = if paused { "paused" } else { "resumed" };
         self.context.event(Level::Info, Some(&self.name()), &format!("{what} by an administrator"));
@@ -672,7 +733,7 @@ impl Group {
             return;
         }
         let mark = OwnedRecord::Mark(id, MarkKind::Manual);
-        if let Err(error) = self.append(vec![mark]).await {
+        if let Err(error) = self.append_now(vec![mark]).await {
             log::warn!("group {}: a checkpoint asked for by the peer: {error}", self.name());
         }
     }
@@ -730,17 +791,11 @@ impl Group {
         self.counters.content_sent.load(Ordering::Relaxed)
     }
 
-    /// How full the log is, from 0 to 1: what the peer has not acknowledged against the cap.
-    #[must_use]
-    pub fn log_fill(&self) -> f64 {
-        let (_, cap) = self.store.log_bytes();
-        let needed = self.store.unacked_bytes();
-        if cap == 0 { 0.0 } else { needed as f64 / cap as f64 }
-    }
-
     /// Once a second: checkpoints that are due, words to the peer, states.
-    pub async fn tick(&self) {
+    pub async fn tick(self: &Arc<Self>) {
+        self.look_for_room();
         self.periodic_checkpoint().await;
+        self.offer_again().await;
         self.tell_progress();
         self.review();
     }
@@ -761,7 +816,14 @@ impl Group {
         }
         if let Err(error) = self.checkpoint(MarkKind::Periodic, None).await {
             log::warn!("group {}: a periodic checkpoint failed: {error}", self.name());
+            // The next one comes when it is due, not at once.
+            self.facts().last_checkpoint = Some(clock::mono());
         }
+    }
+
+    /// The node is stopping: from here on no change of state is told.
+    pub fn fall_silent(&self) {
+        self.facts().silent = true;
     }
 
     /// Stops everything of the group. Blocks until its threads have ended.
@@ -778,6 +840,10 @@ impl Group {
         let engine = Engine::start(&self.name(), appender, watcher)
             .map_err(|error| Failure::internal(format!("starting a thread: {error}")))?;
         *self.engine.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(engine);
+        // The new one has met no full log yet.
+        let mut facts = self.facts();
+        facts.full = None;
+        facts.stalled = None;
         Ok(())
     }
 
@@ -842,65 +908,6 @@ impl Group {
         self.review();
         Ok(())
     }
-
-    /// The log is full: do what the group declared.
-    fn on_full(&self, why: Option<&str>) {
-        let name = self.name();
-        let policy = self.record().full_policy;
-        self.facts().full = why.map(str::to_owned);
-        if self.role() == Role::Secondary {
-            let text = match why {
-                Some(why) => format!("{why}: frames of the production node wait there"),
-                None => "there is room again".to_owned(),
-            };
-            let level = if why.is_some() { Level::Alert } else { Level::Info };
-            self.context.event(level, Some(&name), &text);
-            self.tell_hindrance();
-            return self.review();
-        }
-        match (why, policy) {
-            (None, _) => self.context.event(Level::Info, Some(&name), "the log has room again"),
-            (Some(why), FullPolicy::Throttle) => {
-                let text = format!("{why}: writes wait until the peer has taken some (throttle)");
-                self.context.event(Level::Alert, Some(&name), &text);
-            }
-            (Some(why), FullPolicy::Stop) => {
-                let text = format!("{why}: the mirror ends, the server goes on unprotected (stop)");
-                self.context.event(Level::Alert, Some(&name), &text);
-                self.facts().failure = Some((Cause::LogFull, why.to_owned()));
-                // Whoever waits is told now: the mirror ends with an error and its server goes on.
-                self.engine().close("the log is full and the policy is stop");
-            }
-        }
-        self.changed.notify_waiters();
-        self.review();
-    }
-
-    /// After a full log has ended protection: takes writes again if there is room now.
-    ///
-    /// # Errors
-    /// [`Kind::Refused`] while there is none.
-    pub fn try_again(&self) -> Result<()> {
-        let full = matches!(self.facts().failure, Some((Cause::LogFull, _)));
-        if !full {
-            return self.check_writable();
-        }
-        // A connection that was refused something has missed it: it must not go on.
-        if !self.slots.connections(&format!("{}/", self.name())).is_empty() {
-            return Err(Failure::refused("the mirror that met the full log has not ended yet"));
-        }
-        if self.log_fill() > 0.5 {
-            return Err(Failure::refused(format!(
-                "the log of group {} is still more than half full; it empties as the peer takes it",
-                self.name()
-            )));
-        }
-        self.facts().failure = None;
-        self.facts().full = None;
-        self.engine().reopen();
-        self.review();
-        self.check_writable()
-    }
 }
 
 /// What clients of a fenced group are told.
@@ -943,7 +950,7 @@ impl Watcher for Watch {
     fn full(&self, why: Option<&str>) {
         if let Some(group) = self.group() {
             group.maintainer.wake();
-            group.on_full(why);
+            group.on_stall(why);
         }
     }
 

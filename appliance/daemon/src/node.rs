@@ -18,14 +18,15 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use srn_core::ids::{GroupId, NodeId};
 use srn_core::pairing::TokenBook;
+use srn_core::state::Cause;
 use srn_core::token::Token;
-use srn_link::{Endpoint, EndpointConfig, Identity};
+use srn_link::{Endpoint, EndpointConfig, Identity, LinkError};
 use srn_nbd::server::{Limits, Listener, PayloadBudget, Server};
 use tokio_util::sync::CancellationToken;
 
 use crate::clock;
 use crate::context::Context;
-use crate::error::{Failure, Result};
+use crate::error::{Failure, Kind, Result};
 use crate::fleet::Level;
 use crate::group::{Group, GroupStatus};
 use crate::recovery::Recoveries;
@@ -49,7 +50,7 @@ pub struct Node {
     peers: Peers,
     groups: Mutex<BTreeMap<GroupId, Arc<Group>>>,
     /// Groups that could not be opened, and why; by name.
-    broken: Mutex<BTreeMap<String, String>>,
+    broken: Mutex<BTreeMap<String, Failure>>,
     /// Held while a group is made or removed.
     making: tokio::sync::Mutex<()>,
     exports: Arc<Exports>,
@@ -132,7 +133,7 @@ impl Node {
             // The link's sockets live in the link's runtime.
             let _inside = context.link().enter();
             let config = EndpointConfig { listen: config.link_listen };
-            Endpoint::open(&config, identity.clone())?
+            Endpoint::open(&config, identity.clone()).map_err(port_taken)?
         };
         let exports = Arc::new(Exports::default());
         let budget = PayloadBudget::new(NBD_BUDGET);
@@ -210,7 +211,11 @@ impl Node {
         let config = self.context.config();
         let socket = self.nbd_socket();
         let failed = |what: String, error: std::io::Error| {
-            Failure::new(crate::error::Kind::Conflict, format!("serving NBD on {what}: {error}"))
+            let kind = match error.kind() {
+                std::io::ErrorKind::AddrInUse => Kind::Conflict,
+                _ => Kind::Invalid,
+            };
+            Failure::new(kind, format!("serving NBD on {what}: {error}; set nbd.listen"))
         };
         let unix = Listener::unix(&socket)
             .await
@@ -292,13 +297,12 @@ impl Node {
     #[must_use]
     pub fn status(&self) -> NodeStatus {
         let peers = self.peer_statuses();
-        let name_of = |group: &Group| {
-            let peer = group.peer()?.to_string();
-            peers.iter().find(|known| known.id == peer).map(|known| known.name.clone())
-        };
         let groups: Vec<GroupStatus> =
-            self.groups().iter().map(|group| group.status(name_of(group))).collect();
-        let broken = self.broken.lock().unwrap_or_else(PoisonError::into_inner).clone();
+            self.groups().iter().map(|group| self.group_status(group)).collect();
+        let broken: BTreeMap<String, String> = {
+            let broken = self.broken.lock().unwrap_or_else(PoisonError::into_inner);
+            broken.iter().map(|(name, why)| (name.clone(), why.message.clone())).collect()
+        };
         let config = self.context.config();
         let free = {
             use srn_store::io::Fs;
@@ -326,12 +330,24 @@ impl Node {
         }
     }
 
+    /// A group as people see it.
+    #[must_use]
+    pub fn group_status(&self, group: &Group) -> GroupStatus {
+        let peer = group.peer();
+        let mut status = group.status(peer.and_then(|peer| self.peer_name(peer)));
+        if status.cause == Cause::LinkDown.words() && status.detail.is_none() {
+            status.detail = peer.and_then(|peer| self.peer_trouble(peer));
+        }
+        status
+    }
+
     /// Stops everything, in the order that loses least: no more clients, then the groups, then the
     /// link. Recovered servers go on: their disks come back with the next start.
     pub async fn stop(self: &Arc<Self>) {
         self.stopping.cancel();
         self.mirrors.stop();
         self.nbd.shutdown(NBD_PATIENCE).await;
+        self.groups().iter().for_each(|group| group.fall_silent());
         self.close_sessions("the node is stopping").await;
         let this = self.clone();
         let stopped = tokio::task::spawn_blocking(move || {
@@ -343,6 +359,19 @@ impl Node {
         let _ = stopped.await;
         self.endpoint.close().await;
         let _ = std::fs::remove_file(self.nbd_socket());
+    }
+}
+
+/// A port that another program has is no fault of this one.
+fn port_taken(error: LinkError) -> Failure {
+    match &error {
+        LinkError::Io { doing, source } if source.kind() == std::io::ErrorKind::AddrInUse => {
+            Failure::conflict(format!(
+                "{doing}: {source}; stop the program that has the port, or set link.listen"
+            ))
+        }
+        LinkError::Io { .. } => Failure::invalid(format!("{error}; set link.listen")),
+        _ => error.into(),
     }
 }
 

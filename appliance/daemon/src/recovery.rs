@@ -242,8 +242,9 @@ impl Recoveries {
             None
         };
         let exports = self.publish(node, &group, &record.id, clone.as_ref())?;
+        let only_disks = record.only_disks;
         let progress = Progress {
-            phase: Phase::Running,
+            phase: if only_disks { Phase::Served } else { Phase::Running },
             asked: clock::mono(),
             started_after_us: None,
             answered_after_us: None,
@@ -262,6 +263,9 @@ impl Recoveries {
             machine: tokio::sync::Mutex::default(),
         });
         self.lock().insert(recovery.record.id.clone(), recovery.clone());
+        if only_disks {
+            return Ok(());
+        }
         match Machine::adopt(&folder) {
             Ok(machine) => {
                 let machine = Arc::new(machine);

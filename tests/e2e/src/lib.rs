@@ -7,6 +7,7 @@
 pub mod guest;
 pub mod node;
 pub mod tool;
+pub mod volume;
 
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
@@ -18,6 +19,7 @@ use tokio::time::Instant;
 
 pub use guest::Guest;
 pub use node::{Node, Ran};
+pub use volume::Volume;
 
 /// How long a test waits for something that happens within a second on a quiet machine.
 pub const PATIENCE: Duration = Duration::from_secs(60);

@@ -1,5 +1,6 @@
 //! A node: a real daemon, and the command line that talks to it.
 
+use std::ffi::OsString;
 use std::fs::File;
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
@@ -27,6 +28,8 @@ pub struct Node {
     extra: String,
     state_dir: PathBuf,
     expected: Vec<String>,
+    /// What the command that runs its daemon begins with.
+    through: Vec<String>,
 }
 
 /// What a command said.
@@ -107,6 +110,7 @@ impl Node {
             extra: String::new(),
             state_dir,
             expected: Vec::new(),
+            through: Vec::new(),
         }
     }
 
@@ -134,6 +138,15 @@ impl Node {
         &self.state_dir
     }
 
+    /// Its state directory as its daemon sees it, where that is on a file system of its own.
+    #[must_use]
+    pub fn state_dir_inside(&self) -> PathBuf {
+        match (self.pid(), self.state_dir.strip_prefix("/")) {
+            (Some(pid), Ok(path)) => PathBuf::from(format!("/proc/{pid}/root")).join(path),
+            _ => self.state_dir.clone(),
+        }
+    }
+
     /// Puts its state elsewhere, before it is started.
     pub fn set_state_dir(&mut self, path: PathBuf) {
         self.state_dir = path;
@@ -143,6 +156,12 @@ impl Node {
     pub fn configure(&mut self, toml: &str) {
         self.extra.push_str(toml);
         self.extra.push('\n');
+    }
+
+    /// Puts these words before the command that runs its daemon, from the next start on: a program
+    /// that becomes the daemon, and its arguments.
+    pub fn run_through(&mut self, words: Vec<String>) {
+        self.through = words;
     }
 
     /// From now on warnings and errors in its log that contain `text` are no failure.
@@ -193,11 +212,12 @@ impl Node {
     #[must_use]
     pub fn write_config(&self) -> PathBuf {
         let Self { name, address, extra, .. } = self;
+        let accelerator = std::env::var("SRN_DEMO_ACCELERATOR").unwrap_or_else(|_| "tcg".into());
         let (state, run) = (self.state_dir.display(), self.dir.join("run"));
         let text = format!(
             "[node]\nname = \"{name}\"\nstate_dir = \"{state}\"\nrun_dir = \"{}\"\n\
              [link]\nlisten = \"{address}:7310\"\n[nbd]\nlisten = [\"{address}:10809\"]\n\
-             [recovery]\naccelerator = \"tcg\"\n{extra}",
+             [recovery]\naccelerator = \"{accelerator}\"\n{extra}",
             run.display()
         );
         let path = self.dir.join("config.toml");
@@ -208,8 +228,10 @@ impl Node {
     /// The command that runs its daemon.
     #[must_use]
     pub fn daemon_command(&self) -> Command {
-        let mut command = Command::new(binary());
-        command.arg("daemon").arg("--config").arg(self.write_config());
+        let mut words: Vec<OsString> = self.through.iter().map(OsString::from).collect();
+        words.push(binary().into());
+        let mut command = Command::new(&words[0]);
+        command.args(&words[1..]).arg("daemon").arg("--config").arg(self.write_config());
         command.env_remove("NOTIFY_SOCKET").env_remove("JOURNAL_STREAM").kill_on_drop(true);
         command
     }

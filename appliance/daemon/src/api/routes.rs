@@ -8,7 +8,7 @@ use axum::extract::{FromRequest, Path, State};
 use axum::routing::{delete, get, post};
 use axum::{Json, Router};
 use serde::{Deserialize, Serialize};
-use srn_core::frame::{MarkKind, ResyncReason};
+use srn_core::frame::MarkKind;
 use srn_core::limits::{DISK_SECTORS_MAX, SECTOR, TEXT_MAX};
 use srn_core::name::Name;
 use srn_core::token::Token;
@@ -17,7 +17,7 @@ use super::exports;
 use crate::config::Size;
 use crate::error::{Failure, Result};
 use crate::fleet::{EventRecord, FullPolicy, IsolatedStart, PeerRecord, Source};
-use crate::group::{CheckpointStatus, Group, GroupStatus};
+use crate::group::{CheckpointStatus, GroupStatus};
 use crate::node::{GroupRequest, NewToken, Node, NodeStatus, PeerStatus};
 use crate::recovery::{RecoveryRequest, RecoveryStatus};
 
@@ -118,12 +118,8 @@ async fn remove_peer(State(node): Shared, Path(name): Path<String>) -> Result<Js
     node.remove_peer(&name).await.map(Json)
 }
 
-fn group_status(node: &Node, group: &Group) -> GroupStatus {
-    group.status(group.peer().and_then(|peer| node.peer_name(peer)))
-}
-
 async fn groups(State(node): Shared) -> Json<Vec<GroupStatus>> {
-    Json(node.groups().iter().map(|group| group_status(&node, group)).collect())
+    Json(node.groups().iter().map(|group| node.group_status(group)).collect())
 }
 
 async fn create_group(
@@ -131,12 +127,12 @@ async fn create_group(
     Body(request): Body<GroupRequest>,
 ) -> Result<Json<GroupStatus>> {
     let group = node.create_group(request).await?;
-    Ok(Json(group_status(&node, &group)))
+    Ok(Json(node.group_status(&group)))
 }
 
 async fn group(State(node): Shared, Path(name): Path<String>) -> Result<Json<GroupStatus>> {
     let group = node.find_group(&name)?;
-    Ok(Json(group_status(&node, &group)))
+    Ok(Json(node.group_status(&group)))
 }
 
 /// What can be changed about a group. What is not given stays.
@@ -191,7 +187,7 @@ async fn change_group(
             group.session_up(&session).await;
         }
     }
-    Ok(Json(group_status(&node, &group)))
+    Ok(Json(node.group_status(&group)))
 }
 
 async fn delete_group(State(node): Shared, Path(name): Path<String>) -> Result<Json<()>> {
@@ -227,19 +223,18 @@ async fn add_disk(
     }
     match (request.size, request.qmp, request.node, request.copy_from) {
         (Some(size), None, None, None) => {
-            group.add_disk(&name, sectors(size)?, Source::Served).await?;
+            group.add_disk(&name, sectors(size)?, Source::Served, false).await?;
         }
         (None, Some(qmp), Some(device), None) => {
             let found = crate::source::find_disk(&qmp, &device).await?;
             let size = sectors(found.size_bytes)?;
             let source = Source::Mirror { qmp: qmp.clone(), node: device.clone() };
-            let disk = group.add_disk(&name, size, source).await?;
+            let disk = group.add_disk(&name, size, source, true).await?;
             node.mirrors().start(&node, &group, disk, qmp, device);
         }
         (None, None, None, Some(uri)) => {
             let (client, size) = crate::source::connect_nbd(&uri).await?;
-            let disk = group.add_disk(&name, sectors(size)?, Source::Served).await?;
-            group.begin_resync(disk, ResyncReason::Seeding).await?;
+            let disk = group.add_disk(&name, sectors(size)?, Source::Served, true).await?;
             let copying = group.clone();
             tokio::spawn(async move {
                 let copied = crate::source::copy_from(client, &copying, disk, size).await;
@@ -262,7 +257,7 @@ async fn add_disk(
             ));
         }
     }
-    Ok(Json(group_status(&node, &group)))
+    Ok(Json(node.group_status(&group)))
 }
 
 fn sectors(bytes: u64) -> Result<u64> {
@@ -293,7 +288,7 @@ async fn remove_disk(
     node.mirrors().forget(&group, Some(no)).await;
     node.disconnect(&group, &format!("{}/{disk}", group.name()));
     group.remove_disk(&disk).await?;
-    Ok(Json(group_status(&node, &group)))
+    Ok(Json(node.group_status(&group)))
 }
 
 async fn checkpoints(

@@ -34,7 +34,15 @@ fn failed(error: &rusqlite::Error) -> Failure {
         ) => Kind::Storage,
         _ => Kind::Internal,
     };
-    Failure::new(kind, format!("the node's memory (fleet.db): {error}"))
+    let way_out = match error.sqlite_error_code() {
+        Some(rusqlite::ErrorCode::DiskFull) => "; make room on the state volume",
+        Some(rusqlite::ErrorCode::ReadOnly) => "; mount the state volume writable",
+        Some(rusqlite::ErrorCode::DatabaseCorrupt | rusqlite::ErrorCode::NotADatabase) => {
+            "; restore it from a backup"
+        }
+        _ => "",
+    };
+    Failure::new(kind, format!("the node's memory (fleet.db): {error}{way_out}"))
 }
 
 impl SqliteFleet {

@@ -378,10 +378,9 @@ impl Queue {
         self.ops.len() <= INLINE_OPS && self.ops_bytes <= INLINE_BYTES
     }
 
-    /// Whether nothing but operations has to be done, and nobody does anything.
+    /// Whether nothing but operations has to be done, and nobody does it.
     fn is_at_rest(&self) -> bool {
-        self.idle
-            && !self.committing
+        !self.committing
             && !self.full
             && !self.stop
             && self.closed.is_none()
@@ -447,7 +446,17 @@ impl Shared {
             let mut guard = self.worker();
             let worker = guard.as_mut()?;
             match work {
-                Work::Ops(ops) => worker.commit_ops(self, ops),
+                Work::Ops(ops) => {
+                    // A lone client's next write comes right after its answer, and is committed by
+                    // whoever brings it if this thread is done by then.
+                    let last = ops.len() <= INLINE_OPS;
+                    worker.commit_ops(self, ops, last);
+                    if last {
+                        let mut replies = std::mem::take(&mut worker.replies);
+                        drop(guard);
+                        replies.send();
+                    }
+                }
                 Work::Frames(frames) => worker.commit_frames(self, frames),
                 Work::CloseSegment(asked) => {
                     worker.appender.close_segment();
@@ -479,7 +488,7 @@ impl Shared {
             take_ops(&mut queue)
         };
         let began = Instant::now();
-        worker.commit_ops(self, ops);
+        worker.commit_ops(self, ops, false);
         drop(guard);
         let mut queue = self.lock();
         if began.elapsed() > SLOW {
@@ -605,7 +614,8 @@ impl Shared {
 }
 
 impl Worker {
-    fn commit_ops(&mut self, shared: &Shared, ops: Vec<Op>) {
+    /// `later`: the answers stay in `self.replies`.
+    fn commit_ops(&mut self, shared: &Shared, ops: Vec<Op>, later: bool) {
         let mut changes = Vec::with_capacity(ops.len());
         let mut waiting = Vec::with_capacity(ops.len());
         let mut content = 0u64;
@@ -640,7 +650,9 @@ impl Worker {
             from = end;
         }
         // Whoever waits is told first; the rest can come a moment later.
-        self.replies.send();
+        if !later {
+            self.replies.send();
+        }
         if done > 0 {
             shared.lock().unproven = Some(Instant::now());
             shared.head.send_replace(head);

@@ -4,15 +4,16 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
-use srn_core::epoch::Position;
+use srn_core::epoch::{EpochTable, Position};
 use srn_core::ids::{CheckpointId, Seq};
 use srn_core::receiver::{Answer, Receiver};
+use srn_core::state::Cause;
 use srn_core::time::Mono;
 use srn_core::wire::{Accept, Message, Offer, Progress, RefuseCode, StreamHeader};
 use srn_link::{FrameReader, LinkError, Session};
 use srn_store::codec::Codecs;
 use srn_store::frame::Frame;
-use srn_store::manifest::{Note, Role};
+use srn_store::manifest::{Fence, Note, Role};
 use tokio::sync::Notify;
 use tokio_util::task::AbortOnDropHandle;
 
@@ -84,6 +85,7 @@ fn lock(receiver: &Mutex<Receiver>) -> MutexGuard<'_, Receiver> {
 impl Group {
     /// The peer offers to go on with this group as primary.
     pub async fn on_offer(self: &Arc<Self>, session: &Session, offer: Offer, groups: usize) {
+        self.look_for_failover(&offer.epochs).await;
         if let Some((code, text)) = self.objection() {
             let _ = session.send(&self.refuse(code, text)).await;
             return;
@@ -138,6 +140,20 @@ impl Group {
             let _ = session.send(&Message::Hindrance { group: self.id, text }).await;
         }
         self.review();
+    }
+
+    /// A peer that offers a newer epoch of what this node is primary of has taken over. A primary
+    /// that is paused offers nothing itself, and hears of it only so.
+    async fn look_for_failover(self: &Arc<Self>, theirs: &EpochTable) {
+        let known = self.fence().is_some_and(|fence| fence.cause == Cause::FailoverAtPeer);
+        if self.role() != Role::Primary || known || !self.store.epochs().is_superseded_by(theirs) {
+            return;
+        }
+        let epochs = Some(theirs.clone());
+        let fence = Fence { cause: Cause::FailoverAtPeer, epochs, since: clock::wall() };
+        if let Err(error) = self.fence_off(fence).await {
+            log::error!("group {}: writing down the fence: {error}", self.name());
+        }
     }
 
     /// Why no offer can be taken now.

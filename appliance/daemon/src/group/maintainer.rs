@@ -170,6 +170,9 @@ fn retention(group: &Group) -> Retention {
         // There is no point to recover to yet: everything can go to the base.
         return unsent(group, Seq(u64::MAX));
     }
+    if group.history_gives_way() {
+        return unsent(group, Seq(u64::MAX));
+    }
     let history_us = group.settings().history_s.saturating_mul(1_000_000);
     let oldest = catalog.log_time.0.saturating_sub(history_us);
     unsent(group, store.seq_before(oldest))

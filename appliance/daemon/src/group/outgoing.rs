@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use srn_core::epoch::Position;
 use srn_core::ids::{FrameHash, Seq};
-use srn_core::sender::{Phase, Sender, Stop, Stream};
+use srn_core::sender::{PeerFault, Phase, Sender, Stop, Stream};
 use srn_core::state::{Cause, Link};
 use srn_core::time::Mono;
 use srn_core::wire::{
@@ -213,9 +213,14 @@ impl Group {
         outgoing.refused = None;
         let mut sender = lock(&outgoing.sender);
         sender.on_durable(head);
-        sender
-            .on_accept(accept.nonce, &accept.position, accept.credit, hash, oldest)
-            .map_err(|fault| fault.to_string())?;
+        let accepted =
+            sender.on_accept(accept.nonce, &accept.position, accept.credit, hash, oldest);
+        if accepted == Err(PeerFault::UnexpectedAccept) {
+            // The answer to an offer that was overtaken by a newer one is no fault.
+            log::debug!("group {}: an answer came late", self.name());
+            return Ok(());
+        }
+        accepted.map_err(|fault| fault.to_string())?;
         let (phase, acked) = (sender.phase().clone(), sender.acked());
         drop(sender);
         match phase {
@@ -305,7 +310,7 @@ impl Group {
         if news {
             self.store.set_acked(seq);
             self.lag().acknowledged(seq);
-            if self.facts().full.is_some() {
+            if self.facts().stalled.is_some() {
                 self.maintainer.wake();
             }
             self.changed.notify_waiters();

@@ -223,8 +223,10 @@ impl Group {
         if let Some(why) = &facts.full
             && failure.is_none()
         {
-            link = Link::Hindered;
-            detail = Some(why.clone());
+            // What keeps the peer from taking any is the other half of the story.
+            let more = detail.filter(|_| link == Link::Hindered);
+            detail = Some(more.map_or_else(|| why.clone(), |more| format!("{why}; {more}")));
+            link = Link::NoRoom;
         }
         drop(facts);
         (StateFacts { content, link, paused, fence, failure }, detail)
@@ -237,6 +239,9 @@ impl Group {
         let disks: BTreeMap<DiskNo, State> =
             self.disk_states().into_iter().map(|(no, state, ..)| (no, state)).collect();
         let mut facts = self.facts();
+        if facts.silent {
+            return;
+        }
         for (no, state) in &disks {
             if let Some(before) = facts.last_disk_states.get(no)
                 && before != state
@@ -264,6 +269,10 @@ impl Group {
         let text = if words.is_empty() { now.0.to_string() } else { format!("{}: {words}", now.0) };
         let level = match now.0 {
             State::Streaming | State::Seeding | State::Resync | State::Paused => Level::Info,
+            // On the way to being connected, or not meant to be.
+            State::Disconnected if matches!(now.1, Cause::Negotiating | Cause::NoPeer) => {
+                Level::Info
+            }
             State::Disconnected => Level::Warning,
             _ => Level::Alert,
         };

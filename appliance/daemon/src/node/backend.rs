@@ -14,7 +14,7 @@ use srn_store::group::View;
 use srn_store::manifest::Keep;
 
 use super::Node;
-use crate::error::Failure;
+use crate::error::{Failure, Kind};
 use crate::fleet::Source;
 use crate::group::engine::Engine;
 use crate::group::{DiskExport, Group, ReadOnlyExport};
@@ -182,7 +182,11 @@ impl Exports {
         client: &ClientInfo,
     ) -> Result<Arc<dyn Export>, OpenError> {
         let (group, disk, size, source) = self.group_disk(name).ok_or(OpenError::NotFound)?;
-        let unavailable = |error: Failure| OpenError::Unavailable(error.message);
+        let unavailable = |error: Failure| match error.kind {
+            // Clients that show no text should at least not say that there is no such export.
+            Kind::Refused => OpenError::Policy(error.message),
+            _ => OpenError::Unavailable(error.message),
+        };
         group.check_writable().map_err(unavailable)?;
         let slot = group.slots.take(name, client)?;
         let engine = group.engine();

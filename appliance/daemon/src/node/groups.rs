@@ -62,10 +62,7 @@ impl Node {
                 Err(error) => {
                     // One group that cannot be opened is no reason to leave the others alone.
                     self.context.event(Level::Alert, Some(&name), &error.message);
-                    self.broken
-                        .lock()
-                        .unwrap_or_else(PoisonError::into_inner)
-                        .insert(name, error.message);
+                    self.broken.lock().unwrap_or_else(PoisonError::into_inner).insert(name, error);
                 }
             }
         }
@@ -76,7 +73,8 @@ impl Node {
     pub(super) fn why_broken(&self, id: &str) -> Option<String> {
         let records = self.context.fleet().groups().unwrap_or_default();
         let name = records.into_iter().find(|record| record.id == id)?.name;
-        self.broken.lock().unwrap_or_else(PoisonError::into_inner).get(&name).cloned()
+        let broken = self.broken.lock().unwrap_or_else(PoisonError::into_inner);
+        broken.get(&name).map(|why| why.message.clone())
     }
 
     /// The group of this name.
@@ -91,10 +89,7 @@ impl Node {
             return Ok(group.clone());
         }
         if let Some(why) = self.broken.lock().unwrap_or_else(PoisonError::into_inner).get(name) {
-            return Err(Failure::new(
-                Kind::Storage,
-                format!("group {name} cannot be opened: {why}"),
-            ));
+            return Err(why.clone().while_doing(&format!("group {name} cannot be opened")));
         }
         let names: Vec<String> = groups.iter().map(|group| group.name()).collect();
         Err(Failure::not_found(format!(

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
-use srn_core::ids::NodeId;
+use srn_core::ids::{GroupId, NodeId};
 use srn_core::pairing::Refusal;
 use srn_core::token::Token;
 use srn_core::wire::{Hello, Message, Offer, RefuseCode};
@@ -18,7 +18,7 @@ use tokio::sync::mpsc;
 use super::Node;
 use crate::clock;
 use crate::config::LINK_PORT;
-use crate::error::{Failure, Result};
+use crate::error::{Failure, Kind, Result};
 use crate::fleet::{Level, PeerRecord};
 
 /// Connections that came in and wait to be looked at.
@@ -27,6 +27,9 @@ const ACCEPTED_MAX: usize = 32;
 /// How often it is looked whether a session that the peer began is still there.
 const REDIAL: Duration = Duration::from_millis(500);
 
+/// Groups of which it is remembered that their offer was refused.
+const REFUSED_MAX: usize = 1024;
+
 /// A clock that differs by more than this is worth a warning, in microseconds.
 const CLOCK_DIFFERENCE_US: u64 = 5_000_000;
 
@@ -34,6 +37,8 @@ const CLOCK_DIFFERENCE_US: u64 = 5_000_000;
 #[derive(Debug)]
 pub(super) struct Peers {
     known: Mutex<BTreeMap<NodeId, Known>>,
+    /// Offers that were refused, and why: each is told once.
+    refused: Mutex<BTreeMap<GroupId, String>>,
 }
 
 #[derive(Debug)]
@@ -81,11 +86,15 @@ impl Peers {
             let id = record.id.parse().ok()?;
             Some((id, Known::new(record)))
         });
-        Self { known: Mutex::new(known.collect()) }
+        Self { known: Mutex::new(known.collect()), refused: Mutex::default() }
     }
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<NodeId, Known>> {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn refused(&self) -> MutexGuard<'_, BTreeMap<GroupId, String>> {
+        self.refused.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -135,7 +144,9 @@ impl Node {
         let endpoint = self.endpoint.clone();
         let link = self.context.link().clone();
         link.spawn(async move { endpoint.accept(to).await });
-        for id in self.peers.lock().keys().copied().collect::<Vec<_>>() {
+        // Not in the loop's head: the lock would be held to its end, and dialling takes it too.
+        let known: Vec<NodeId> = self.peers.lock().keys().copied().collect();
+        for id in known {
             self.dial_peer(id);
         }
         let spawner = link.clone();
@@ -162,10 +173,13 @@ impl Node {
             );
             return connection.refuse_unpaired();
         }
-        let addr = connection.remote_address();
+        let (id, addr) = (connection.peer, connection.remote_address());
         match Session::begin(connection, self.hello()).await {
             Ok((session, events)) => self.run_session(session, events).await,
-            Err(error) => log::info!("session with {addr}: {error}"),
+            Err(error) => {
+                log::info!("session with {addr}: {error}");
+                self.set_trouble(id, &error.into());
+            }
         }
     }
 
@@ -281,7 +295,7 @@ impl Node {
                         if backoff.failures() == 0 {
                             log::info!("dialling {address}: {error}");
                         }
-                        node.set_trouble(id, &error.to_string());
+                        node.set_trouble(id, &error);
                     }
                 }
                 let pause = backoff.after_failure(clock::random_u64());
@@ -303,10 +317,22 @@ impl Node {
         Ok(())
     }
 
-    fn set_trouble(&self, id: NodeId, why: &str) {
-        if let Some(known) = self.peers.lock().get_mut(&id) {
-            known.trouble = Some(why.to_owned());
-        }
+    /// There is no session with a peer, and why. What does not pass by itself is told once.
+    fn set_trouble(&self, id: NodeId, why: &Failure) {
+        let text = {
+            let mut known = self.peers.lock();
+            let Some(known) = known.get_mut(&id) else { return };
+            if known.session.is_some() {
+                return;
+            }
+            let before = known.trouble.replace(why.message.clone());
+            let lasts = matches!(why.kind, Kind::Untrusted | Kind::Refused);
+            if !lasts || before.as_ref() == Some(&why.message) {
+                return;
+            }
+            format!("no session with peer {}: {why}", known.record.name)
+        };
+        self.context.event(Level::Alert, None, &text);
     }
 
     /// Lives through one session.
@@ -414,16 +440,28 @@ impl Node {
             let group = offer.group;
             let refused = match node.group_for_offer(&session, &offer).await {
                 Ok(found) => {
+                    node.peers.refused().remove(&group);
                     let groups = node.groups_lock().len();
                     return found.on_offer(&session, offer, groups).await;
                 }
                 Err(refused) => refused,
             };
             let (code, text) = refused;
-            node.context.event(Level::Alert, Some(offer.name.as_str()), &text);
+            if node.is_news(group, &text) {
+                node.context.event(Level::Alert, Some(offer.name.as_str()), &text);
+            }
             let refuse = srn_core::wire::Refuse { group, code, text, epochs: None };
             let _ = session.send(&Message::Refuse(refuse)).await;
         });
+    }
+
+    /// Whether a group's offer was not refused in these words the last time.
+    fn is_news(&self, group: GroupId, text: &str) -> bool {
+        let mut refused = self.peers.refused();
+        if refused.len() >= REFUSED_MAX {
+            refused.clear();
+        }
+        refused.insert(group, text.to_owned()).is_none_or(|before| before != text)
     }
 
     async fn group_for_offer(
@@ -489,6 +527,11 @@ impl Node {
     #[must_use]
     pub fn peer_name(&self, id: NodeId) -> Option<String> {
         self.peers.lock().get(&id).map(|known| known.record.name.clone())
+    }
+
+    /// Why there is no session with the peer of this id.
+    pub(super) fn peer_trouble(&self, id: NodeId) -> Option<String> {
+        self.peers.lock().get(&id).and_then(|known| known.trouble.clone())
     }
 
     /// The session with a peer.

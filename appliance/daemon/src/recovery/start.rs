@@ -105,6 +105,7 @@ impl Recoveries {
             point: point.words,
             started_at: clock::wall().0,
             folder: folder.join(&id),
+            only_disks: request.no_start,
         };
         self.context.fleet().put_recovery(&record)?;
         let exports = self.publish(node, group, &id, clone.as_ref())?;
@@ -217,7 +218,11 @@ impl Recoveries {
         // Before anything is changed: is there such a point at all?
         let point = choose(group, &request.at)?;
         let point = if planned {
-            let last = group.drain_primary(DRAIN_PATIENCE).await?;
+            let drained = group.drain_primary(DRAIN_PATIENCE).await;
+            let last = match drained {
+                Ok(last) => last,
+                Err(error) => return Err(let_go_on(group, error).await),
+            };
             if request.at == "latest" {
                 Point { seq: last.seq, words: format!("frame {}, the last one written", last.seq) }
             } else {
@@ -229,8 +234,10 @@ impl Recoveries {
             choose(group, &request.at)?
         };
         let _ = node;
-        group.take_over(point.seq).await?;
-        Ok(point)
+        match group.take_over(point.seq).await {
+            Ok(_) => Ok(point),
+            Err(error) => Err(let_go_on(group, error).await),
+        }
     }
 
     async fn run_machine(
@@ -386,6 +393,15 @@ impl Group {
     pub fn choose_point(&self, at: &str) -> Result<(Seq, String)> {
         choose(self, at).map(|point| (point.seq, point.words))
     }
+}
+
+/// The failover has failed: a production node that was drained for it goes on once it finds, in a
+/// new session, that nobody has taken over.
+async fn let_go_on(group: &Group, error: Failure) -> Failure {
+    if let Some(session) = group.session() {
+        session.close("the failover failed; production goes on").await;
+    }
+    error
 }
 
 /// Runs the program that makes sure that production is off.

@@ -48,6 +48,9 @@ const FILL_CRAWL: f64 = 0.85;
 /// The slowest a background copy is set to, in bytes per second.
 const SPEED_MIN: u64 = 1 << 20;
 
+/// A limit at or above this is none, in bytes per second.
+const SPEED_MAX: u64 = 4 << 30;
+
 /// The mirrors of a node.
 #[derive(Debug, Default)]
 pub struct Mirrors {
@@ -206,7 +209,13 @@ impl Mirror {
     /// Has the mirror running, for as long as it runs. Returns why it does not.
     async fn follow(&self) -> std::result::Result<String, Ended> {
         // After a full log the group decides when there is room enough to begin anew.
-        self.group.try_again().map_err(|error| Ended::Closed(error.message))?;
+        if let Err(error) = self.group.try_again() {
+            // Production does not wait for a mirror that nobody listens to.
+            if let Ok(monitor) = Qmp::connect(&self.qmp, PATIENCE).await {
+                end_job(&monitor, &self.names).await;
+            }
+            return Err(Ended::Closed(error.message));
+        }
         let monitor = Qmp::connect(&self.qmp, PATIENCE).await?;
         let mut events = monitor.events();
         let node = monitor.find_disk(&self.device).await?;
@@ -305,7 +314,8 @@ impl Mirror {
                 tls_credentials: None,
             })
             .await?;
-        let job = MirrorJob::follow(&self.names.job, &self.device, &self.names.target);
+        let mut job = MirrorJob::follow(&self.names.job, &self.device, &self.names.target);
+        job.speed = self.speed_for_room();
         if let Err(error) = monitor.blockdev_mirror(&job).await {
             let _ = monitor.blockdev_del(&self.names.target).await;
             return Err(error.into());
@@ -356,12 +366,20 @@ impl Mirror {
         Ok(())
     }
 
+    /// The speed at which a background copy takes no more than a quarter of the log's room before it
+    /// is looked at again; 0 for no limit.
+    fn speed_for_room(&self) -> u64 {
+        let looks = 1000 / u64::try_from(LOOK.as_millis()).unwrap_or(1000);
+        let speed = (self.group.log_room() / 4).saturating_mul(looks).max(SPEED_MIN);
+        if speed >= SPEED_MAX { 0 } else { speed }
+    }
+
     /// The fuller the log, the slower the background copy: the server's own writes come first.
     async fn set_speed(&self, monitor: &Qmp, job: &BlockJob, watch: &mut Watch) {
         let fill = self.group.log_fill();
         let drained = watch.drain(self.group.content_sent());
         let speed = if job.ready || fill < FILL_SLOW {
-            0
+            self.speed_for_room()
         } else if fill < FILL_CRAWL {
             drained.max(SPEED_MIN)
         } else {

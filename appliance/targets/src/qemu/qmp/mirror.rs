@@ -164,8 +164,12 @@ impl Qmp {
         };
         // QEMU finishes what is missing, if it can, before it ends such a job.
         if state.ready && !state.paused && state.io_status == "ok" {
-            self.block_job_cancel(job, false).await?;
-            if let Some(ended) = self.await_end(job, ORDERLY_PATIENCE).await? {
+            let asked = match self.block_job_cancel(job, false).await {
+                // Its target has failed just now, and it stands still.
+                Err(QmpError::Refused { .. }) => false,
+                other => other.map(|()| true)?,
+            };
+            if asked && let Some(ended) = self.await_end(job, ORDERLY_PATIENCE).await? {
                 self.dismiss_ended(job).await?;
                 // It may have failed on its way out.
                 let orderly = ended.is_none_or(|ended| ended.error.is_none());

@@ -1,0 +1,163 @@
+//! What a group does when its log has no room.
+//!
+//! The engine says that it waits for room. Most often that passes within milliseconds: the peer has
+//! taken what is old, and maintenance is about to give it up. Only when nothing can be given up, or
+//! the wait lasts, the log is full, and the group does what was declared for that.
+
+use std::time::Duration;
+
+use srn_core::state::Cause;
+use srn_core::time::Mono;
+use srn_store::manifest::Role;
+
+use super::Group;
+use super::engine::{Done, Op};
+use crate::clock;
+use crate::error::{Failure, Result};
+use crate::fleet::{FullPolicy, Level};
+
+/// A wait for room that lasts longer is a full log. A server's writes wait for so long at most
+/// where the policy is `stop`, give or take the second between two looks.
+const STALL_MAX: Duration = Duration::from_secs(1);
+
+/// So long after a wait for room the history here gives way to new writes.
+const SHORT_OF_ROOM: Duration = Duration::from_secs(30);
+
+fn is_older(at: Mono, than: Duration) -> bool {
+    u128::from(clock::mono().since(at)) > than.as_micros()
+}
+
+impl Group {
+    /// How full the log is, from 0 to 1: what the peer has not acknowledged against the cap.
+    #[must_use]
+    pub fn log_fill(&self) -> f64 {
+        let (_, cap) = self.store.log_bytes();
+        let needed = self.store.unacked_bytes();
+        if cap == 0 { 0.0 } else { needed as f64 / cap as f64 }
+    }
+
+    /// What the log still takes, in bytes: its cap less what the peer has not acknowledged.
+    #[must_use]
+    pub fn log_room(&self) -> u64 {
+        self.store.log_bytes().1.saturating_sub(self.store.unacked_bytes())
+    }
+
+    /// The engine waits for room (`Some`, with the reason), or has found it. Called from the
+    /// engine's thread.
+    pub(super) fn on_stall(&self, why: Option<&str>) {
+        let was_full = {
+            let mut facts = self.facts();
+            let now = clock::mono();
+            facts.stalled = why.map(|why| (why.to_owned(), now));
+            facts.stalled_at = Some(now);
+            facts.full.is_some()
+        };
+        match why {
+            // Not a segment can be given up.
+            Some(why) if self.log_room() <= 2 * self.context.config().segment_bytes => {
+                self.on_full(why);
+            }
+            // Looked at again in [`Group::look_for_room`].
+            Some(_) => {}
+            None if was_full => self.on_room(),
+            None => {}
+        }
+    }
+
+    /// Once a second: is a wait for room too long?
+    pub(super) fn look_for_room(&self) {
+        let why = {
+            let facts = self.facts();
+            match &facts.stalled {
+                Some((why, since)) if facts.full.is_none() && is_older(*since, STALL_MAX) => {
+                    why.clone()
+                }
+                _ => return,
+            }
+        };
+        self.on_full(&why);
+    }
+
+    /// The log is full: do what the group declared.
+    fn on_full(&self, why: &str) {
+        let name = self.name();
+        self.facts().full = Some(why.to_owned());
+        let policy = self.record().full_policy;
+        let text = match (self.role(), policy) {
+            (Role::Secondary, _) => format!("{why}: frames of the production node wait there"),
+            (Role::Primary, FullPolicy::Throttle) => {
+                format!("{why}: writes wait until there is room (throttle)")
+            }
+            (Role::Primary, FullPolicy::Stop) => {
+                self.facts().failure = Some((Cause::LogFull, why.to_owned()));
+                // Whoever waits is told now: the mirror ends with an error and its server goes on.
+                self.engine().close("the log is full and the policy is stop");
+                format!("{why}: the mirror ends, the server goes on unprotected (stop)")
+            }
+        };
+        self.context.event(Level::Alert, Some(&name), &text);
+        self.tell_hindrance();
+        self.changed.notify_waiters();
+        self.review();
+    }
+
+    /// The log is full no more.
+    fn on_room(&self) {
+        self.facts().full = None;
+        self.context.event(Level::Info, Some(&self.name()), "the log has room again");
+        self.tell_hindrance();
+        self.changed.notify_waiters();
+        self.review();
+    }
+
+    /// Whether the history here has to give way to new writes: a full log would stop the server
+    /// for the sake of points that the peer keeps too.
+    pub(super) fn history_gives_way(&self) -> bool {
+        self.role() == Role::Primary
+            && self.record_has_peer()
+            && !self.has_failed_over()
+            && self.facts().stalled_at.is_some_and(|at| !is_older(at, SHORT_OF_ROOM))
+    }
+
+    /// After a full log has ended protection: takes writes again if there is room now.
+    ///
+    /// # Errors
+    /// Refused while there is none.
+    pub fn try_again(&self) -> Result<()> {
+        let full = matches!(self.facts().failure, Some((Cause::LogFull, _)));
+        if !full {
+            return self.check_writable();
+        }
+        // A connection that was refused something has missed it: it must not go on.
+        if !self.slots.connections(&format!("{}/", self.name())).is_empty() {
+            return Err(Failure::refused("the mirror that met the full log has not ended yet"));
+        }
+        if self.log_fill() > 0.5 {
+            return Err(Failure::refused(format!(
+                "the log of group {} is still more than half full; it empties as the peer takes it",
+                self.name()
+            )));
+        }
+        {
+            let mut facts = self.facts();
+            facts.failure = None;
+            facts.full = None;
+            // The engine has not looked since.
+            if let Some((_, since)) = &mut facts.stalled {
+                *since = clock::mono();
+            }
+        }
+        let engine = self.engine();
+        engine.reopen();
+        // Nothing, so that it looks now: it tells of room only when it finds some.
+        let (done, _) = tokio::sync::oneshot::channel();
+        engine.submit_one(Op {
+            client: None,
+            changes: Vec::new(),
+            bytes: 0,
+            done: Done::Task(done),
+        });
+        self.review();
+        self.check_writable()
+    }
+}

@@ -1,0 +1,271 @@
+//! The disk of a QEMU that belongs to somebody else, mirrored: its writes arrive in order, it never
+//! waits for a node that is gone, and what was missed is sent again and not everything.
+//!
+//! The server has no operating system; its writes are made by the monitor, through the device, the
+//! way a guest's would be.
+
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use srn_e2e::{Lab, Node, PATIENCE, wait_for};
+use srn_targets::qemu::qmp::Qmp;
+use tokio::process::{Child, Command};
+
+/// Bytes of the server's disk.
+const SIZE: u64 = 48 << 20;
+
+const GROUP: &str = "web";
+
+/// A server whose writes are made here.
+struct Server {
+    disk: PathBuf,
+    qmp: PathBuf,
+    monitor: Qmp,
+    _child: Child,
+}
+
+impl Server {
+    async fn start(lab: &Lab) -> Self {
+        let disk = lab.path("disk.raw");
+        // Content everywhere, no two blocks alike.
+        let content: Vec<u8> =
+            (0..SIZE / 8).flat_map(|at| (at * 2_654_435_761).to_le_bytes()).collect();
+        std::fs::write(&disk, content).expect("room");
+        let (qmp, own) = (lab.path("qmp"), lab.path("own"));
+        let mut command = Command::new("qemu-system-x86_64");
+        command
+            .args(["-accel", "tcg", "-machine", "q35", "-nodefaults", "-display", "none", "-S"])
+            .args([
+                "-blockdev",
+                &format!(
+                    "driver=raw,node-name=disk0,file.driver=file,file.filename={}",
+                    disk.display()
+                ),
+            ])
+            .args(["-device", "virtio-blk-pci,id=root,drive=disk0,share-rw=on"])
+            .args(["-qmp", &format!("unix:{},server=on,wait=off", qmp.display())])
+            .args(["-qmp", &format!("unix:{},server=on,wait=off", own.display())])
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .kill_on_drop(true);
+        let child = command.spawn().expect("QEMU: install it with tests/setup/packages.sh qemu");
+        let monitor = wait_for("QEMU answers", PATIENCE, async || {
+            Qmp::connect(&own, Duration::from_secs(5)).await.ok()
+        });
+        Self { monitor: monitor.await, disk, qmp, _child: child }
+    }
+
+    /// Writes through the device, as its guest would, and waits for the answer.
+    async fn write(&self, pattern: u8, offset: u64, length: u64) {
+        let line = format!("qemu-io -d root \"write -P {pattern} {offset} {length}\"");
+        let ran = self.monitor.execute("human-monitor-command", json!({"command-line": line}));
+        let said = ran.await.expect("it runs");
+        assert!(!said.to_string().contains("failed"), "the server's write failed: {said}");
+    }
+
+    /// What our job says; null when there is none.
+    async fn job(&self) -> Value {
+        let jobs = self.monitor.execute("query-block-jobs", Value::Null).await.expect("jobs");
+        jobs[0].clone()
+    }
+
+    /// Everything that it has written, as it is on its disk.
+    async fn content(&self) -> Vec<u8> {
+        let flush = json!({"command-line": "qemu-io -d root flush"});
+        self.monitor.execute("human-monitor-command", flush).await.expect("it flushes");
+        std::fs::read(&self.disk).expect("its disk")
+    }
+}
+
+async fn add(production: &Node, server: &Server) {
+    let qmp = server.qmp.display().to_string();
+    let arguments = ["disk", "add", GROUP, "root", "--qmp", &qmp, "--node", "disk0", "--wait"];
+    let _ = production.srn(&arguments).await.done();
+}
+
+async fn protect(production: &Node, server: &Server, settings: &[&str]) {
+    let create = ["group", "create", GROUP, "--peer", "recovery", "--keep", "cache"];
+    let _ = production.srn(&[&create, settings].concat()).await.done();
+    add(production, server).await;
+}
+
+/// The newest point at the recovery node is what the server has on its disk.
+async fn same(lab: &Lab, recovery: &Node, server: &Server) {
+    let file = lab.path("exported.raw");
+    let path = file.display().to_string();
+    let _ = recovery.srn(&["export", GROUP, "root", "--raw", &path, "--force"]).await.done();
+    differs_nowhere(&file, &server.content().await);
+}
+
+fn differs_nowhere(file: &Path, expected: &[u8]) {
+    let found = std::fs::read(file).expect("an export");
+    assert_eq!(found.len(), expected.len());
+    let at = found.iter().zip(expected).position(|(found, expected)| found != expected);
+    assert_eq!(at, None, "the disks differ");
+}
+
+fn expect_lost_peer(node: &mut Node) {
+    node.expect_in_log("disconnected: no connection to the peer");
+    node.expect_in_log("disconnected: agreeing with the peer");
+}
+
+#[tokio::test]
+async fn writes_of_a_running_server_arrive_and_points_are_exact() {
+    let lab = Lab::new();
+    let server = Server::start(&lab).await;
+    let (production, recovery) = lab.pair().await;
+    protect(&production, &server, &[]).await;
+    same(&lab, &recovery, &server).await;
+
+    server.write(1, 0, 64 << 10).await;
+    let _ = production.srn(&["checkpoint", "create", GROUP, "--label", "one"]).await.done();
+    let then = server.content().await;
+    server.write(2, 32 << 10, 64 << 10).await;
+    server.write(0, 1 << 20, 1 << 20).await;
+    production.in_step(GROUP).await;
+    same(&lab, &recovery, &server).await;
+
+    let file = lab.path("one.raw");
+    let path = file.display().to_string();
+    let _ = recovery.srn(&["export", GROUP, "root", "--at", "one", "--raw", &path]).await.done();
+    differs_nowhere(&file, &then);
+
+    // Taken out: the server goes on alone, and its QEMU is as it was.
+    let _ = production.srn(&["disk", "remove", GROUP, "root"]).await.done();
+    assert_eq!(server.job().await, Value::Null);
+    server.write(3, 0, 4096).await;
+}
+
+#[tokio::test]
+async fn a_node_that_dies_and_comes_back_gets_what_it_missed_and_no_more() {
+    let lab = Lab::new();
+    let server = Server::start(&lab).await;
+    let (mut production, mut recovery) = lab.pair().await;
+    protect(&production, &server, &[]).await;
+    expect_lost_peer(&mut production);
+    expect_lost_peer(&mut recovery);
+    for lap in 0..3u8 {
+        server.write(10 + lap, 0, 256 << 10).await;
+        production.in_step(GROUP).await;
+        production.kill().await;
+        // It does not wait for a node that is gone.
+        server.write(20 + lap, 128 << 10, 256 << 10).await;
+        server.write(30 + lap, 20 << 20, 64 << 10).await;
+        production.start().await;
+        production.in_step(GROUP).await;
+        server.write(40 + lap, 40 << 20, 4096).await;
+        production.in_step(GROUP).await;
+        same(&lab, &recovery, &server).await;
+        let group = production.group(GROUP).await;
+        let written = group["link"]["content_written"].as_u64().expect("a counter");
+        assert!(written < SIZE / 4, "{written} bytes were sent to make up for 320 KiB");
+    }
+}
+
+#[tokio::test]
+async fn while_the_missed_is_being_sent_the_newest_point_is_the_last_one_before() {
+    let lab = Lab::new();
+    let server = Server::start(&lab).await;
+    let (mut production, mut recovery) = lab.pair().await;
+    protect(&production, &server, &[]).await;
+    server.write(5, 0, 64 << 10).await;
+    production.in_step(GROUP).await;
+    let before = server.content().await;
+
+    expect_lost_peer(&mut production);
+    expect_lost_peer(&mut recovery);
+    production.kill().await;
+    server.write(6, 4 << 20, 4 << 20).await;
+    // As slow as it gets, so that the middle of it lasts. Jobs take a speed while they stand still.
+    let job = server.job().await["device"].as_str().expect("a job").to_owned();
+    let slow = json!({"device": job, "speed": 64 << 10});
+    server.monitor.execute("block-job-set-speed", slow).await.expect("it slows down");
+    production.start().await;
+    production.group_until(GROUP, "the resync has begun", |group| group["state"] == "resync").await;
+    // A write that arrives in the middle, long before what was missed.
+    server.write(7, 0, 4096).await;
+    recovery.group_until(GROUP, "it is known there", |group| group["state"] == "resync").await;
+    let file = lab.path("middle.raw");
+    let path = file.display().to_string();
+    let _ = recovery.srn(&["export", GROUP, "root", "--raw", &path]).await.done();
+    differs_nowhere(&file, &before);
+
+    production.in_step(GROUP).await;
+    same(&lab, &recovery, &server).await;
+}
+
+#[tokio::test]
+async fn a_full_cache_ends_the_mirror_and_never_the_server() {
+    let lab = Lab::new();
+    let server = Server::start(&lab).await;
+    let (mut production, mut recovery) = (lab.node("production"), lab.node("recovery"));
+    production.configure("[store]\nsegment_size = \"1M\"");
+    recovery.start().await;
+    production.start().await;
+    production.pair_with(&recovery).await;
+    protect(&production, &server, &["--log-size", "8M", "--on-full", "stop"]).await;
+    expect_lost_peer(&mut production);
+    expect_lost_peer(&mut recovery);
+    production.expect_in_log("the server goes on unprotected (stop)");
+    production.expect_in_log("the log is full and the policy is stop");
+
+    recovery.stop().await;
+    for block in 0..24u64 {
+        // Never refused, whatever becomes of the mirror.
+        server.write(50 + block as u8, block << 20, 1 << 20).await;
+    }
+    let group = production
+        .group_until(GROUP, "protection has ended", |group| group["state"] == "failed")
+        .await;
+    assert_eq!(group["safe"], false);
+    let said = production.srn(&["status"]).await.done();
+    assert!(said.out.starts_with("NOT SAFE because"), "{}", said.out);
+    wait_for("the mirror has ended", PATIENCE, async || server.job().await.is_null().then_some(()))
+        .await;
+    server.write(99, 0, 4096).await;
+
+    // Back, and room again: by itself, and without anything lost.
+    recovery.start().await;
+    production.in_step(GROUP).await;
+    same(&lab, &recovery, &server).await;
+}
+
+#[tokio::test]
+async fn a_server_that_is_gone_is_waited_for() {
+    let lab = Lab::new();
+    let server = Server::start(&lab).await;
+    let (mut production, recovery) = lab.pair().await;
+    protect(&production, &server, &[]).await;
+    production.expect_in_log("failed: the source's mirror is not running");
+    drop(server);
+    let gone = production
+        .group_until(GROUP, "the source is gone", |group| group["state"] == "failed")
+        .await;
+    assert!(gone.to_string().contains("QEMU"), "{gone}");
+    let server = Server::start(&lab).await;
+    production.in_step(GROUP).await;
+    same(&lab, &recovery, &server).await;
+}
+
+#[tokio::test]
+async fn what_cannot_be_mirrored_is_named() {
+    let lab = Lab::new();
+    let server = Server::start(&lab).await;
+    let production = {
+        let mut node = lab.node("production");
+        node.start().await;
+        node
+    };
+    let _ = production.srn(&["group", "create", GROUP, "--keep", "cache"]).await.done();
+    let qmp = server.qmp.display().to_string();
+    let add = async |qmp: &str, node: &str| {
+        production.srn(&["disk", "add", GROUP, "root", "--qmp", qmp, "--node", node]).await
+    };
+    add(&qmp, "disk7").await.refused(4, &["disk7", "disk0"]);
+    let nowhere = lab.path("nowhere").display().to_string();
+    add(&nowhere, "disk0").await.refused(7, &["nowhere"]);
+    let group = production.group(GROUP).await;
+    assert_eq!(group["disks"], json!([]), "something was added");
+}
