@@ -6,6 +6,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use serde_json::{Value, json};
@@ -18,11 +19,17 @@ const SIZE: u64 = 48 << 20;
 
 const GROUP: &str = "web";
 
+/// What the server's guest writes through.
+const DEVICE: &str = "/machine/peripheral/root/virtio-backend";
+
 /// A server whose writes are made here.
 struct Server {
     disk: PathBuf,
     qmp: PathBuf,
     monitor: Qmp,
+    /// What its QEMU prints, and how many writes were made.
+    output: PathBuf,
+    written: AtomicUsize,
     _child: Child,
 }
 
@@ -34,8 +41,12 @@ impl Server {
             (0..SIZE / 8).flat_map(|at| (at * 2_654_435_761).to_le_bytes()).collect();
         std::fs::write(&disk, content).expect("room");
         let (qmp, own) = (lab.path("qmp"), lab.path("own"));
-        let mut command = Command::new("qemu-system-x86_64");
+        let output = lab.path("output");
+        let file = std::fs::File::create(&output).expect("a file");
+        // Line by line, or what it prints stays in its buffer.
+        let mut command = Command::new("stdbuf");
         command
+            .args(["-oL", "qemu-system-x86_64"])
             .args(["-accel", "tcg", "-machine", "q35", "-nodefaults", "-display", "none", "-S"])
             .args([
                 "-blockdev",
@@ -48,21 +59,30 @@ impl Server {
             .args(["-qmp", &format!("unix:{},server=on,wait=off", qmp.display())])
             .args(["-qmp", &format!("unix:{},server=on,wait=off", own.display())])
             .stdin(Stdio::null())
-            .stdout(Stdio::null())
+            .stdout(file)
             .kill_on_drop(true);
         let child = command.spawn().expect("QEMU: install it with tests/setup/packages.sh qemu");
         let monitor = wait_for("QEMU answers", PATIENCE, async || {
             Qmp::connect(&own, Duration::from_secs(5)).await.ok()
         });
-        Self { monitor: monitor.await, disk, qmp, _child: child }
+        let written = AtomicUsize::new(0);
+        Self { monitor: monitor.await, disk, qmp, output, written, _child: child }
     }
 
     /// Writes through the device, as its guest would, and waits for the answer.
     async fn write(&self, pattern: u8, offset: u64, length: u64) {
-        let line = format!("qemu-io -d root \"write -P {pattern} {offset} {length}\"");
+        let line = format!("qemu-io -d {DEVICE} \"write -P {pattern} {offset} {length}\"");
         let ran = self.monitor.execute("human-monitor-command", json!({"command-line": line}));
         let said = ran.await.expect("it runs");
-        assert!(!said.to_string().contains("failed"), "the server's write failed: {said}");
+        // What is wrong with the line is said there; what became of the write, on its output.
+        assert_eq!(said, "", "the server's write could not be tried");
+        let expected = self.written.fetch_add(1, Ordering::Relaxed) + 1;
+        wait_for("the write's result", PATIENCE, async || {
+            let output = std::fs::read_to_string(&self.output).expect("its output");
+            assert!(!output.contains("fail"), "the server's write failed: {output}");
+            (output.matches("wrote ").count() == expected).then_some(())
+        })
+        .await;
     }
 
     /// What our job says; null when there is none.
@@ -73,7 +93,7 @@ impl Server {
 
     /// Everything that it has written, as it is on its disk.
     async fn content(&self) -> Vec<u8> {
-        let flush = json!({"command-line": "qemu-io -d root flush"});
+        let flush = json!({"command-line": format!("qemu-io -d {DEVICE} flush")});
         self.monitor.execute("human-monitor-command", flush).await.expect("it flushes");
         std::fs::read(&self.disk).expect("its disk")
     }
@@ -107,6 +127,7 @@ fn differs_nowhere(file: &Path, expected: &[u8]) {
 }
 
 fn expect_lost_peer(node: &mut Node) {
+    node.expect_in_log("failed: the source's mirror is not running");
     node.expect_in_log("disconnected: no connection to the peer");
     node.expect_in_log("disconnected: agreeing with the peer");
 }
@@ -168,8 +189,13 @@ async fn a_node_that_dies_and_comes_back_gets_what_it_missed_and_no_more() {
 async fn while_the_missed_is_being_sent_the_newest_point_is_the_last_one_before() {
     let lab = Lab::new();
     let server = Server::start(&lab).await;
-    let (mut production, mut recovery) = lab.pair().await;
-    protect(&production, &server, &[]).await;
+    let (mut production, mut recovery) = (lab.node("production"), lab.node("recovery"));
+    production.configure("[store]\nsegment_size = \"1M\"");
+    recovery.start().await;
+    production.start().await;
+    production.pair_with(&recovery).await;
+    // The background copy is as slow as the log is small, so that the middle of it lasts.
+    protect(&production, &server, &["--log-size", "16M"]).await;
     server.write(5, 0, 64 << 10).await;
     production.in_step(GROUP).await;
     let before = server.content().await;
@@ -177,11 +203,9 @@ async fn while_the_missed_is_being_sent_the_newest_point_is_the_last_one_before(
     expect_lost_peer(&mut production);
     expect_lost_peer(&mut recovery);
     production.kill().await;
-    server.write(6, 4 << 20, 4 << 20).await;
-    // As slow as it gets, so that the middle of it lasts. Jobs take a speed while they stand still.
-    let job = server.job().await["device"].as_str().expect("a job").to_owned();
-    let slow = json!({"device": job, "speed": 64 << 10});
-    server.monitor.execute("block-job-set-speed", slow).await.expect("it slows down");
+    for block in 8..32 {
+        server.write(6, block << 20, 1 << 20).await;
+    }
     production.start().await;
     production.group_until(GROUP, "the resync has begun", |group| group["state"] == "resync").await;
     // A write that arrives in the middle, long before what was missed.
@@ -253,12 +277,9 @@ async fn a_server_that_is_gone_is_waited_for() {
 async fn what_cannot_be_mirrored_is_named() {
     let lab = Lab::new();
     let server = Server::start(&lab).await;
-    let production = {
-        let mut node = lab.node("production");
-        node.start().await;
-        node
-    };
-    let _ = production.srn(&["group", "create", GROUP, "--keep", "cache"]).await.done();
+    let (production, _recovery) = lab.pair().await;
+    let create = ["group", "create", GROUP, "--peer", "recovery", "--keep", "cache"];
+    let _ = production.srn(&create).await.done();
     let qmp = server.qmp.display().to_string();
     let add = async |qmp: &str, node: &str| {
         production.srn(&["disk", "add", GROUP, "root", "--qmp", qmp, "--node", node]).await

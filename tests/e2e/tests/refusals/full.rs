@@ -60,11 +60,11 @@ fn write_of(seed: u64, number: u64) -> (u64, Vec<u8>) {
 impl Writer {
     /// Writes until it is told to stop, or the connection ends.
     async fn start(node: &Node, export: &str) -> Self {
-        Self::over(node.open(export).await)
+        Self::over(node.open(export).await, Some(PACE))
     }
 
-    /// The same, to any NBD server.
-    fn over(client: Client) -> Self {
+    /// The same, to any NBD server; as fast as it takes them, or at a pace.
+    fn over(client: Client, pace: Option<Duration>) -> Self {
         let seed = Chance::from_env("SRN_SEED").next();
         let (answered, stop): (Arc<AtomicU64>, Arc<AtomicU64>) = Default::default();
         stop.store(u64::MAX, Ordering::SeqCst);
@@ -72,10 +72,15 @@ impl Writer {
             let (answered, stop) = (answered.clone(), stop.clone());
             async move {
                 let mut number = 0;
-                let mut pace = tokio::time::interval(PACE);
-                pace.set_missed_tick_behavior(MissedTickBehavior::Delay);
+                let mut pace = pace.map(|pace| {
+                    let mut pace = tokio::time::interval(pace);
+                    pace.set_missed_tick_behavior(MissedTickBehavior::Delay);
+                    pace
+                });
                 while number < stop.load(Ordering::SeqCst) {
-                    pace.tick().await;
+                    if let Some(pace) = &mut pace {
+                        pace.tick().await;
+                    }
                     let (offset, data) = write_of(seed, number);
                     if client.write(offset, Bytes::from(data), false).await.is_err() {
                         return number;
@@ -400,7 +405,7 @@ async fn a_mirrored_server_goes_on_unprotected_and_is_caught_up_with() {
     let _ = production.srn(&add).await.done();
     production.in_step("web").await;
     volume.fill_but(40 * MIB);
-    let writer = Writer::over(client);
+    let writer = Writer::over(client, None);
     let seed = writer.seed;
     let words = "the log is full and the policy is stop";
     let group = production
