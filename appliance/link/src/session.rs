@@ -222,7 +222,9 @@ impl Session {
         let streams = async {
             loop {
                 match self.accept_frames().await {
-                    Ok((header, reader)) => {
+                    // Given up before it had begun.
+                    Ok(None) => {}
+                    Ok(Some((header, reader))) => {
                         if events.send(SessionEvent::Frames(header, reader)).await.is_err() {
                             return LinkError::gone(&addr, &"the session was dropped");
                         }
@@ -240,7 +242,7 @@ impl Session {
         let _ = events.send(SessionEvent::Closed(error)).await;
     }
 
-    async fn accept_frames(&self) -> Result<(StreamHeader, FrameReader), LinkError> {
+    async fn accept_frames(&self) -> Result<Option<(StreamHeader, FrameReader)>, LinkError> {
         let addr = self.remote_address();
         let quic = &self.inner.connection.quic;
         let mut receive = quic.accept_uni().await.map_err(|error| refine(addr, &error))?;
@@ -248,11 +250,14 @@ impl Session {
         let read = tokio::time::timeout(HANDSHAKE, receive.read_exact(&mut bytes)).await;
         match read {
             Ok(Ok(())) => {}
+            Ok(Err(quinn::ReadExactError::ReadError(quinn::ReadError::Reset(_)))) => {
+                return Ok(None);
+            }
             Ok(Err(error)) => return Err(LinkError::gone(&addr, &error)),
             Err(_) => return Err(LinkError::Misbehaved("a stream without a header".into())),
         }
         let header = StreamHeader::decode(&bytes)?;
-        Ok((header, FrameReader { receive, addr }))
+        Ok(Some((header, FrameReader { receive, addr })))
     }
 }
 

@@ -618,9 +618,7 @@ impl Worker {
     fn commit_ops(&mut self, shared: &Shared, ops: Vec<Op>, later: bool) {
         let mut changes = Vec::with_capacity(ops.len());
         let mut waiting = Vec::with_capacity(ops.len());
-        let mut content = 0u64;
         for op in ops {
-            content += op.bytes as u64;
             changes.extend(op.changes);
             waiting.push((changes.len(), op.client, op.bytes, op.done));
         }
@@ -635,8 +633,10 @@ impl Worker {
         let head = self.appender.head();
         let mut left = VecDeque::new();
         let mut from = 0;
+        let mut content = 0u64;
         for (end, client, bytes, answer) in waiting {
             if end <= done {
+                content += bytes as u64;
                 match answer {
                     Done::Reply(reply) => self.replies.ok(reply),
                     Done::Task(task) => {

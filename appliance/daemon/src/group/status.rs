@@ -325,7 +325,9 @@ impl Group {
         let head = self.store.head();
         let (bytes, cap) = self.store.log_bytes();
         let load = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
-        let unsafe_since = self.facts().unsafe_since.map(clock::rfc3339);
+        // What has only just become unsafe may not be written down yet.
+        let now = || (state != State::Streaming).then(clock::wall);
+        let unsafe_since = self.facts().unsafe_since.or_else(now).map(clock::rfc3339);
         let protected = role == Role::Secondary || record.peer.is_some();
         GroupStatus {
             name: record.name.clone(),

@@ -367,15 +367,18 @@ async fn transmit<B: Backend>(
             reader.all_done().await;
             connection.outbox.idle().await;
         };
+        // A client that does not wait for its answers is gone, goodbye or not: what it asked for and
+        // is not done may be done over a new connection by then, and must not be done after that.
+        let gone = async {
+            match end {
+                End::Goodbye => reader.peer_gone().await,
+                _ => std::future::pending().await,
+            }
+        };
         tokio::select! {
             () = answered => {}
-            // The client did not wait for its answers, but what it asked for is still done.
-            _ = &mut drain => {
-                tokio::select! {
-                    () = reader.all_done() => {}
-                    () = control.reached(DROP) => {}
-                }
-            }
+            _ = &mut drain => {}
+            () = gone => {}
             () = control.reached(DROP) => {}
         }
     }

@@ -140,6 +140,11 @@ impl Reader {
         }
     }
 
+    /// Waits until the client has closed the connection.
+    pub(super) async fn peer_gone(&self) {
+        self.half.peer_gone().await;
+    }
+
     /// Waits until everything handed over was answered.
     pub(super) async fn all_done(&self) {
         self.admission.all_done(&self.connection.flow).await;

@@ -213,7 +213,6 @@ async fn requests_of_a_dead_client_never_run() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-#[ignore = "a goodbye lets what is parked run, also after the next client has come"]
 async fn requests_before_a_goodbye_run_before_the_next_client_or_never() {
     let mut stage = Stage::new().await;
     stage.round(Death::Goodbye).await;
