@@ -7,6 +7,7 @@
 //! learns of every connection who it is ([`ClientInfo`]) and when it is gone ([`Export::closed`]).
 
 mod backend;
+mod brisk;
 mod connection;
 mod flow;
 mod limits;

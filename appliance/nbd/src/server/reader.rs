@@ -12,6 +12,7 @@ use tokio::io::AsyncReadExt;
 use tokio::time::{Instant, timeout_at};
 
 use super::backend::{Export, Request};
+use super::brisk::{self, Brisk};
 use super::connection::{Connection, Counters};
 use super::flow::{Admission, Charge};
 use super::limits::{Limits, PayloadBudget};
@@ -27,7 +28,7 @@ const DIRECT_BYTES: u32 = 64 << 10;
 
 /// What is read past a large payload, to have the next header without a system call of its own.
 /// Little, because a large payload that begins in it must be copied out.
-const TAIL_BYTES: usize = 4096;
+const TAIL_BYTES: usize = 4096 + REQUEST_HEADER_BYTES;
 
 /// Memory that small payloads may keep from being used again beyond what the limits count, because
 /// they share it with their neighbours; past that they are copied out. In bytes.
@@ -93,6 +94,7 @@ pub(super) struct Reader {
     bulk: bool,
     tail: Box<[u8; TAIL_BYTES]>,
     work: u32,
+    brisk: Brisk,
 }
 
 /// What a reader is made of.
@@ -127,6 +129,7 @@ impl Reader {
             bulk: false,
             tail: Box::new([0; TAIL_BYTES]),
             work: 0,
+            brisk: Brisk::default(),
         }
     }
 
@@ -300,6 +303,35 @@ impl Reader {
     /// Reads more, until there might be `total` bytes.
     async fn fill(&mut self, total: usize) -> Result<(), End> {
         let missing = total.saturating_sub(self.gulp.bytes.len());
+        let began = Instant::now();
+        if !self.bulk && self.brisk.is_worth_a_look() && self.look_out(began, missing)? {
+            self.brisk.came_after(began.elapsed());
+            return Ok(());
+        }
+        let filled = self.fill_asleep(missing).await;
+        self.brisk.came_after(began.elapsed());
+        filled
+    }
+
+    /// Looks for a moment whether something comes. Returns whether it has.
+    fn look_out(&mut self, began: Instant, missing: usize) -> Result<bool, End> {
+        loop {
+            match self.half.look(self.tail.as_mut_slice()) {
+                // The end is found again when it is waited for.
+                Ok(Some(0)) => return Ok(false),
+                Ok(Some(count)) => {
+                    self.gulp.make_room(missing.max(count));
+                    self.gulp.bytes.put_slice(self.tail.get(..count).unwrap_or_default());
+                    return Ok(true);
+                }
+                Ok(None) if began.elapsed() > brisk::LOOK => return Ok(false),
+                Ok(None) => std::hint::spin_loop(),
+                Err(error) => return Err(End::Receive(error)),
+            }
+        }
+    }
+
+    async fn fill_asleep(&mut self, missing: usize) -> Result<(), End> {
         let most = if self.bulk { missing.max(TAIL_BYTES) } else { usize::MAX };
         self.gulp.make_room(missing);
         match self.half.read_buf(&mut (&mut self.gulp.bytes).limit(most)).await {

@@ -151,6 +151,20 @@ impl ReadHalf {
         }
     }
 
+    /// Reads what is there now, past the runtime; `None` when there is nothing. Reading on through
+    /// the runtime afterwards is fine: it finds what there is then.
+    pub(crate) fn look(&self, buffer: &mut [u8]) -> io::Result<Option<usize>> {
+        let read = match self {
+            Self::Tcp(half) => (&*SockRef::from(half.as_ref())).read(buffer),
+            Self::Unix(half) => (&*SockRef::from(half.as_ref())).read(buffer),
+        };
+        match read {
+            Ok(count) => Ok(Some(count)),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
     /// `None` when there is nothing to read now.
     fn try_read_two(&self, first: &mut [u8], second: &mut [u8]) -> io::Result<Option<usize>> {
         let wanted = first.len() + second.len();
