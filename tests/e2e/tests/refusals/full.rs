@@ -9,7 +9,6 @@ use std::time::Duration;
 use bytes::Bytes;
 use serde_json::json;
 use srn_e2e::{Chance, Lab, Node, PATIENCE, Volume, wait_for};
-use srn_nbd::client::{Client, ConnectOptions, Uri};
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 use tokio::process::{Child, Command};
@@ -60,11 +59,7 @@ fn write_of(seed: u64, number: u64) -> (u64, Vec<u8>) {
 impl Writer {
     /// Writes until it is told to stop, or the connection ends.
     async fn start(node: &Node, export: &str) -> Self {
-        Self::over(node.open(export).await, Some(PACE))
-    }
-
-    /// The same, to any NBD server; as fast as it takes them, or at a pace.
-    fn over(client: Client, pace: Option<Duration>) -> Self {
+        let client = node.open(export).await;
         let seed = Chance::from_env("SRN_SEED").next();
         let (answered, stop): (Arc<AtomicU64>, Arc<AtomicU64>) = Default::default();
         stop.store(u64::MAX, Ordering::SeqCst);
@@ -72,15 +67,10 @@ impl Writer {
             let (answered, stop) = (answered.clone(), stop.clone());
             async move {
                 let mut number = 0;
-                let mut pace = pace.map(|pace| {
-                    let mut pace = tokio::time::interval(pace);
-                    pace.set_missed_tick_behavior(MissedTickBehavior::Delay);
-                    pace
-                });
+                let mut pace = tokio::time::interval(PACE);
+                pace.set_missed_tick_behavior(MissedTickBehavior::Delay);
                 while number < stop.load(Ordering::SeqCst) {
-                    if let Some(pace) = &mut pace {
-                        pace.tick().await;
-                    }
+                    pace.tick().await;
                     let (offset, data) = write_of(seed, number);
                     if client.write(offset, Bytes::from(data), false).await.is_err() {
                         return number;
@@ -352,41 +342,87 @@ async fn writes_wait_for_a_full_recovery_node_where_that_was_chosen() {
     }
 }
 
-/// A server's disk in a QEMU, written to through QEMU as a guest would: its QMP socket, and a
-/// client in the guest's place.
-async fn server(lab: &Lab) -> (Child, PathBuf, Client) {
-    let (disk, qmp, own, nbd) =
-        (lab.path("disk"), lab.path("qmp"), lab.path("own"), lab.path("nbd"));
-    std::fs::write(&disk, vec![0; (BLOCKS * 4096) as usize]).expect("it is written");
-    let mut qemu = Command::new("qemu-system-x86_64");
-    qemu.args(["-M", "none", "-nodefaults", "-display", "none", "-blockdev"]);
-    qemu.arg(format!("driver=file,node-name=drive0,filename={}", disk.display()));
-    for socket in [&qmp, &own] {
-        qemu.arg("-qmp").arg(format!("unix:{},server=on,wait=off", socket.display()));
+/// A boot sector that writes 16 KiB of a number, then of the next one, to 512 places in turn, as
+/// fast as the disk answers. In 16-bit code; the number is at 0x7c40, the packet for INT 13h, which
+/// names the place, at 0x7c50.
+const BOOT_SECTOR: [u8; 60] = [
+    0xfa, 0x31, 0xc0, 0x8e, 0xd8, 0x8e, 0xc0, 0x8e, 0xd0, 0xbc, 0x00, 0x7c, 0xfc,
+    0xfb, // set up
+    0x66, 0xff, 0x06, 0x40, 0x7c, // again: inc dword [number]
+    0x66, 0xa1, 0x40, 0x7c, // mov eax, [number]
+    0xbf, 0x00, 0x80, 0xb9, 0x00, 0x10, 0xf3, 0x66, 0xab, // 0x1000 times at 0x8000
+    0x66, 0x25, 0xff, 0x01, 0x00, 0x00, 0x66, 0x40, // and eax, 511; inc eax
+    0x66, 0xc1, 0xe0, 0x05, 0x66, 0xa3, 0x58, 0x7c, // shl eax, 5; mov [first sector], eax
+    0xbe, 0x50, 0x7c, 0xb8, 0x00, 0x43, 0xb2, 0x80, 0xcd, 0x13, // write
+    0xeb, 0xd2, // jmp again
+];
+const PACKET: [u8; 8] = [0x10, 0x00, 0x20, 0x00, 0x00, 0x80, 0x00, 0x00];
+
+/// A server in a QEMU that does nothing but write.
+struct Server {
+    _qemu: Child,
+    qmp: PathBuf,
+    own: BufReader<UnixStream>,
+    disk: PathBuf,
+}
+
+impl Server {
+    async fn start(lab: &Lab) -> Self {
+        let (disk, qmp, own) = (lab.path("disk"), lab.path("qmp"), lab.path("own"));
+        let mut image = vec![0; (BLOCKS * 4096) as usize];
+        image[..BOOT_SECTOR.len()].copy_from_slice(&BOOT_SECTOR);
+        image[0x50..0x58].copy_from_slice(&PACKET);
+        image[510..512].copy_from_slice(&[0x55, 0xaa]);
+        std::fs::write(&disk, image).expect("it is written");
+        let mut qemu = Command::new("qemu-system-x86_64");
+        qemu.args(["-M", "pc", "-accel", "tcg", "-m", "32", "-nodefaults", "-display", "none"]);
+        let file = format!("file.driver=file,file.filename={}", disk.display());
+        qemu.arg("-blockdev").arg(format!("driver=raw,node-name=drive0,{file}"));
+        qemu.args(["-device", "virtio-blk-pci,drive=drive0,bootindex=0"]);
+        for socket in [&qmp, &own] {
+            qemu.arg("-qmp").arg(format!("unix:{},server=on,wait=off", socket.display()));
+        }
+        let qemu = qemu.kill_on_drop(true).spawn().expect("QEMU");
+        let connect = async || UnixStream::connect(&own).await.ok();
+        let own = BufReader::new(wait_for("QEMU answers", PATIENCE, connect).await);
+        let mut server = Self { _qemu: qemu, qmp, own, disk };
+        server.ask("qmp_capabilities").await;
+        server.goes_on().await;
+        server
     }
-    let qemu = qemu.kill_on_drop(true).spawn().expect("QEMU");
-    let monitor = wait_for("QEMU answers", PATIENCE, async || UnixStream::connect(&own).await.ok());
-    let mut monitor = BufReader::new(monitor.await);
-    for command in [
-        json!({ "execute": "qmp_capabilities" }),
-        json!({ "execute": "nbd-server-start", "arguments":
-            { "addr": { "type": "unix", "data": { "path": nbd } } } }),
-        json!({ "execute": "block-export-add", "arguments":
-            { "type": "nbd", "id": "guest", "node-name": "drive0", "name": "disk",
-              "writable": true } }),
-    ] {
-        monitor.write_all(command.to_string().as_bytes()).await.expect("it listens");
+
+    async fn ask(&mut self, command: &str) {
+        let line = json!({ "execute": command }).to_string();
+        self.own.write_all(line.as_bytes()).await.expect("it listens");
         let mut line = String::new();
         while !line.contains("\"return\"") {
             assert!(!line.contains("\"error\""), "{command}: {line}");
             line.clear();
-            let read = tokio::time::timeout(PATIENCE, monitor.read_line(&mut line)).await;
+            let read = tokio::time::timeout(PATIENCE, self.own.read_line(&mut line)).await;
             assert!(read.expect("an answer").expect("an answer") > 0, "QEMU is gone");
         }
     }
-    let uri: Uri = format!("nbd+unix:///disk?socket={}", nbd.display()).parse().expect("a URI");
-    let client = Client::connect(&uri, &ConnectOptions::default()).await.expect("it listens");
-    (qemu, qmp, client)
+
+    fn image(&self) -> Vec<u8> {
+        std::fs::read(&self.disk).expect("it is there")
+    }
+
+    /// The newest number on its disk.
+    fn newest(&self) -> u32 {
+        let image = self.image();
+        let places = image.chunks_exact(16 * 1024).skip(1);
+        let numbers = places.filter_map(|place| place.first_chunk().copied());
+        numbers.map(u32::from_le_bytes).max().unwrap_or_default()
+    }
+
+    /// Waits until it has written everywhere once more.
+    async fn goes_on(&self) {
+        let before = self.newest();
+        wait_for("the server writes", PATIENCE, async || {
+            (self.newest() > before + 512).then_some(())
+        })
+        .await;
+    }
 }
 
 #[tokio::test]
@@ -396,17 +432,17 @@ async fn a_mirrored_server_goes_on_unprotected_and_is_caught_up_with() {
     production.expect_in_log("the mirror ends, the server goes on unprotected");
     production.expect_in_log("the log is full and the policy is stop");
     production.expect_in_log("the source's mirror is not running");
-    let (_qemu, qmp, client) = server(&lab).await;
+    let mut server = Server::start(&lab).await;
+    server.ask("stop").await;
     let create = ["group", "create", "web", "--keep", "cache", "--peer", "recovery"];
     let settings = ["--checkpoint-every", "0s", "--log-size", "24M"];
     let _ = production.srn(&[&create[..], &settings].concat()).await.done();
-    let socket = qmp.to_str().expect("a path in UTF-8");
-    let add = ["disk", "add", "web", "root", "--qmp", socket, "--node", "drive0"];
+    let socket = server.qmp.to_str().expect("a path in UTF-8").to_owned();
+    let add = ["disk", "add", "web", "root", "--qmp", &socket, "--node", "drive0"];
     let _ = production.srn(&add).await.done();
     production.in_step("web").await;
     volume.fill_but(40 * MIB);
-    let writer = Writer::over(client, None);
-    let seed = writer.seed;
+    server.ask("cont").await;
     let words = "the log is full and the policy is stop";
     let group = production
         .group_until("web", "protection has ended", |group| {
@@ -414,17 +450,16 @@ async fn a_mirrored_server_goes_on_unprotected_and_is_caught_up_with() {
         })
         .await;
     assert!(group["safe"] == false && group["unsafe_since"].is_string(), "{group:#}");
-    let said = verdict(&production).await;
-    assert!(said.starts_with("NOT SAFE") && said.contains(words), "{said}");
+    says(&production, &["NOT SAFE", words]).await;
     // The server writes as before.
-    for _ in 0..100 {
-        writer.goes_on().await;
+    for _ in 0..5 {
+        server.goes_on().await;
     }
+    server.ask("stop").await;
     volume.make_room();
     // The mirror is made again by itself, and sends what is different.
-    let answered = writer.stop().await;
     production.in_step("web").await;
-    assert!(content(&lab, &recovery, "web", "root").await == image(seed, answered));
+    assert!(content(&lab, &recovery, "web", "root").await == server.image());
 }
 
 #[tokio::test]

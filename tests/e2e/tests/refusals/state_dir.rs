@@ -28,6 +28,12 @@ fn files(dir: &Path) -> Vec<(PathBuf, Vec<u8>)> {
     found
 }
 
+/// The newest manifest under `dir` and its content.
+fn newest_manifest(dir: &Path) -> (PathBuf, Vec<u8>) {
+    let is_manifest = |path: &Path| path.to_string_lossy().contains("/manifest-");
+    files(dir).into_iter().rfind(|(path, _)| is_manifest(path)).expect("a manifest")
+}
+
 /// A node with a group that holds something, stopped.
 async fn stopped(lab: &Lab) -> Node {
     let mut node = running(lab, "production").await;
@@ -73,11 +79,7 @@ async fn a_newer_version_has_written_one_group() {
     let web = node.group("web").await["id"].as_str().expect("an id").to_owned();
     node.stop().await;
     let dir = node.state_dir().join("groups").join(web);
-    let manifest = files(&dir)
-        .into_iter()
-        .filter(|(path, _)| path.to_string_lossy().contains("/manifest-"))
-        .next_back();
-    let (path, old) = manifest.expect("a manifest");
+    let (path, old) = newest_manifest(&dir);
     let mut new = old.clone();
     new[4..6].copy_from_slice(&9_u16.to_le_bytes());
     std::fs::write(&path, &new).expect("it is ours");
@@ -124,11 +126,7 @@ async fn a_peer_that_cannot_open_its_replica_does_not_stop_production() {
     production.expect_in_log("group web: disconnected");
     recovery.stop().await;
     let dir = recovery.state_dir().join("groups");
-    let manifest = files(&dir)
-        .into_iter()
-        .filter(|(path, _)| path.to_string_lossy().contains("/manifest-"))
-        .next_back();
-    let (path, old) = manifest.expect("a manifest");
+    let (path, old) = newest_manifest(&dir);
     let mut damaged = old.clone();
     let middle = damaged.len() / 2;
     damaged[middle] ^= 1;
