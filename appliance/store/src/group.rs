@@ -88,8 +88,9 @@ pub struct Options {
     pub segment_bytes: u64,
     /// Most bytes that log segment files may take together.
     pub cap_bytes: u64,
-    /// Whether new segment files are filled with zeros before use, which makes small appends
-    /// twice as fast: file systems convert reserved space at the first write.
+    /// Whether new segment files are filled with zeros before use while appends are small, which
+    /// makes these twice as fast: file systems convert reserved space at the first write. For large
+    /// ones it would only double what is written.
     pub fill: bool,
     /// Index entries after which a segment is closed early, to bound memory.
     pub table_entries_max: usize,
@@ -154,6 +155,8 @@ pub(crate) struct State {
     pub(crate) base: Option<Arc<Base>>,
     /// Segment files ready for use.
     pub(crate) spares: Vec<slots::Slot>,
+    /// Whether the latest appends were small, so that new segment files had better be filled.
+    pub(crate) small_appends: bool,
     /// Segment files there are, in use or not.
     pub(crate) slot_count: u64,
     /// Newer than the manifest's.

@@ -194,6 +194,7 @@ pub fn slot_of(name: &str) -> Option<u32> {
 pub struct SegmentWriter {
     segment: Arc<Segment>,
     offset: u64,
+    appends: u64,
     len: u64,
     pool: BufPool,
 }
@@ -209,7 +210,7 @@ impl SegmentWriter {
             .file
             .write_at(&[IoSlice::new(&page)], 0, true)
             .doing(|| format!("writing the header of log segment {}", segment.slot))?;
-        Ok(Self { segment, offset: HEADER_LEN, len, pool })
+        Ok(Self { segment, offset: HEADER_LEN, appends: 0, len, pool })
     }
 
     /// The segment.
@@ -222,6 +223,12 @@ impl SegmentWriter {
     #[must_use]
     pub const fn offset(&self) -> u64 {
         self.offset
+    }
+
+    /// Bytes of an append so far, on average; 0 before the first.
+    #[must_use]
+    pub fn mean_append(&self) -> u64 {
+        (self.offset - HEADER_LEN).checked_div(self.appends).unwrap_or(0)
     }
 
     /// How many of `frames` fit, from the first.
@@ -262,6 +269,7 @@ impl SegmentWriter {
             .write_at(&parts, self.offset, true)
             .doing(|| format!("appending to log segment {}", self.segment.slot))?;
         self.offset = end;
+        self.appends += 1;
         Ok(offsets)
     }
 }

@@ -49,6 +49,9 @@ const FULL_RETRY: Duration = Duration::from_millis(200);
 const INLINE_OPS: usize = 2;
 const INLINE_BYTES: usize = 32 << 10;
 
+/// Commits over which the mean of their operations is taken.
+const MEAN_OF: usize = 16;
+
 /// After a commit that took this long, the thread that is made for waiting does them all,
 const SLOW: Duration = Duration::from_millis(2);
 
@@ -139,6 +142,8 @@ struct Queue {
     unproven: Option<Instant>,
     /// Nobody but the thread commits until then.
     slow_until: Option<Instant>,
+    /// Operations in a commit of late, on average, times [`MEAN_OF`].
+    mean_ops: usize,
 }
 
 struct Shared {
@@ -192,6 +197,7 @@ impl Engine {
                 full: false,
                 unproven: None,
                 slow_until: None,
+                mean_ops: MEAN_OF,
             }),
             wake: Condvar::new(),
             head: watch::Sender::new(appender.head()),
@@ -239,7 +245,7 @@ impl Engine {
             return;
         }
         let quick = queue.slow_until.is_none_or(|until| Instant::now() > until);
-        if !(quick && queue.is_small() && queue.is_at_rest())
+        if !(quick && queue.is_small() && queue.is_calm() && queue.is_at_rest())
             || INLINE.swap(true, Ordering::Acquire)
         {
             return self.shared.wake_if_idle(queue);
@@ -376,6 +382,12 @@ impl Queue {
     /// Whether what waits is little enough to be committed by whoever brings it.
     fn is_small(&self) -> bool {
         self.ops.len() <= INLINE_OPS && self.ops_bytes <= INLINE_BYTES
+    }
+
+    /// Whether commits are small these days. Of a client that has much under way the first two
+    /// requests come alone, too; committing them by themselves would keep the rest waiting.
+    const fn is_calm(&self) -> bool {
+        self.mean_ops <= INLINE_OPS * MEAN_OF
     }
 
     /// Whether nothing but operations has to be done, and nobody does it.
@@ -618,6 +630,7 @@ impl Worker {
     fn commit_ops(&mut self, shared: &Shared, ops: Vec<Op>, later: bool) {
         let mut changes = Vec::with_capacity(ops.len());
         let mut waiting = Vec::with_capacity(ops.len());
+        let count = ops.len();
         for op in ops {
             changes.extend(op.changes);
             waiting.push((changes.len(), op.client, op.bytes, op.done));
@@ -654,7 +667,10 @@ impl Worker {
             self.replies.send();
         }
         if done > 0 {
-            shared.lock().unproven = Some(Instant::now());
+            let mut queue = shared.lock();
+            queue.unproven = Some(Instant::now());
+            queue.mean_ops = queue.mean_ops - queue.mean_ops / MEAN_OF + count;
+            drop(queue);
             shared.head.send_replace(head);
             shared.watcher.committed(head, content);
         }

@@ -304,12 +304,17 @@ impl Reader {
     async fn fill(&mut self, total: usize) -> Result<(), End> {
         let missing = total.saturating_sub(self.gulp.bytes.len());
         let began = Instant::now();
-        if !self.bulk && self.brisk.is_worth_a_look() && self.look_out(began, missing)? {
+        // With requests under way there is something to wait for anyway, and what comes meanwhile is
+        // better read in one gulp.
+        let alone = self.admission.requests_in_flight(&self.connection.flow) == 0;
+        if alone && self.brisk.is_worth_a_look() && self.look_out(began, missing)? {
             self.brisk.came_after(began.elapsed());
             return Ok(());
         }
         let filled = self.fill_asleep(missing).await;
-        self.brisk.came_after(began.elapsed());
+        if alone {
+            self.brisk.came_after(began.elapsed());
+        }
         filled
     }
 

@@ -21,6 +21,9 @@ use crate::index::MemTable;
 use crate::manifest::Keep;
 use crate::segment::{HEADER_LEN, Segment, SegmentHeader, SegmentWriter};
 
+/// Appends below this size, in bytes, gain from segment files that were filled.
+const SMALL_APPEND: u64 = 32 << 10;
+
 /// What a commit did.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Committed {
@@ -210,8 +213,11 @@ impl Appender {
 
     /// Closes the segment being written; the next frame begins a new one.
     pub fn close_segment(&mut self) {
-        self.writer = None;
+        let writer = self.writer.take();
         let mut state = self.group.lock();
+        if let Some(mean) = writer.map(|writer| writer.mean_append()).filter(|mean| *mean > 0) {
+            state.small_appends = mean < SMALL_APPEND;
+        }
         if let Some(line) = state.lines.get_mut(&self.epoch)
             && let Some(open) = line.unsealed.last_mut()
             && open.closed.is_none()

@@ -100,6 +100,7 @@ impl Group {
             lines: BTreeMap::new(),
             base,
             spares: Vec::new(),
+            small_appends: true,
             slot_count,
             acked,
             leases: Leases::default(),

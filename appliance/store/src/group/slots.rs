@@ -54,7 +54,10 @@ impl Group {
         }
         let slot = match self.free.take() {
             Some(slot) => slot,
-            None => self.make_slot(self.options.fill, false)?,
+            None => {
+                let fill = self.options.fill && self.lock().small_appends;
+                self.make_slot(fill, false)?
+            }
         };
         self.lock().spares.push(slot);
         Ok(true)
