@@ -8,7 +8,7 @@
 # Everything that a step prints is kept in target/test-logs. The first step that fails ends `merge`;
 # `full` goes on and fails in the end.
 set -uo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit
 tier=${1:-}
 logs=target/test-logs
 export CARGO_TERM_COLOR=never RUST_BACKTRACE=${RUST_BACKTRACE:-1}
