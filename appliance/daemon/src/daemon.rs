@@ -21,7 +21,7 @@ use crate::node::{Node, StateDir};
 const POOL_BYTES: usize = 24 << 20;
 
 /// Priority that the link's threads give up: a server's write never waits for replication.
-const LINK_NICE: i32 = 10;
+const LINK_NICE: i32 = 15;
 
 /// Runs the daemon until it is told to stop.
 ///

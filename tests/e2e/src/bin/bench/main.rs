@@ -62,7 +62,13 @@ async fn main() -> ExitCode {
     };
     // Not /tmp, which is memory on some machines.
     let lab = Lab::within(Path::new("/var/tmp"));
-    let (production, recovery) = lab.pair().await;
+    let (mut production, mut recovery) = lab.pair().await;
+    for node in [&mut production, &mut recovery] {
+        // Each measurement has its own group, and takes it away.
+        node.expect_in_log("was deleted here");
+        node.expect_in_log("no connection to the peer");
+        node.expect_in_log("agreeing with the peer");
+    }
     let mut site = Site { production, recovery, lab };
     let mut table = Table::default();
     let wanted = |name: &str| plan.only.as_deref().is_none_or(|only| only == name);
