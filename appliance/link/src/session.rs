@@ -142,6 +142,12 @@ impl Session {
         self.inner.connection.quic.rtt()
     }
 
+    /// The largest packet that the path is known to take, in bytes of UDP payload.
+    #[must_use]
+    pub fn packet_bytes(&self) -> u16 {
+        self.inner.connection.quic.stats().path.current_mtu
+    }
+
     /// Bytes of UDP sent and received by this session.
     #[must_use]
     pub fn udp_bytes(&self) -> (u64, u64) {

@@ -245,6 +245,26 @@ async fn messages_and_frames_arrive_in_order() {
     drop(sending.await.unwrap());
 }
 
+/// Jumbo packets cost half of what others do; a path that takes them has to be used.
+#[tokio::test]
+async fn packets_grow_to_what_the_path_takes() {
+    let (a, mut b) = (node("a"), node("b"));
+    let ((one, _one), (_other, mut events)) = sessions(&a, &mut b).await;
+    let header = StreamHeader { group: GroupId([3; 16]), nonce: 5, first: Seq(1) };
+    let mut writer = one.open_frames(&header).await.unwrap();
+    let SessionEvent::Frames(_, reader) = event(&mut events).await else { panic!() };
+    // Nobody reads: what fits into the windows is enough for the probes to be answered.
+    writer.write(&mut [Bytes::from(vec![0; 1 << 20])]).await.unwrap();
+    tokio::time::timeout(DEADLINE, async {
+        while one.packet_bytes() < 6500 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    })
+    .await
+    .unwrap_or_else(|_| panic!("packets have {} bytes", one.packet_bytes()));
+    drop(reader);
+}
+
 #[tokio::test]
 async fn the_end_of_a_session_is_told_with_its_reason() {
     let (a, mut b) = (node("a"), node("b"));

@@ -23,6 +23,11 @@ const TRY_FIRST: u32 = 2;
 /// A neighbour is tried at least after this many windows: links and content change.
 const TRY_LAST: u32 = 128;
 
+/// A link that takes this much without compression, in bytes of content per second, is left at
+/// that: no step of the ladder encodes fast enough on one processor to be clearly better, and
+/// trying costs the most just there.
+const FAST_ENOUGH: u64 = 250_000_000;
+
 /// A neighbour must be better by this factor (in percent) to be taken.
 const BETTER_PERCENT: u64 = 115;
 
@@ -103,6 +108,7 @@ impl EffortControl {
                 }
                 self.windows = 0;
             }
+            None if self.level == 0 && rate >= FAST_ENOUGH => {}
             None => {
                 self.windows += 1;
                 if self.windows >= self.patience {
@@ -154,6 +160,15 @@ mod tests {
         assert_eq!(settle(150.0, text), Effort::Lz4);
         assert!(matches!(settle(20.0, text), Effort::Zstd(_)));
         assert_eq!(settle(20.0, noise), Effort::None);
+    }
+
+    #[test]
+    fn a_fast_link_is_not_slowed_by_tries() {
+        let mut control = EffortControl::default();
+        for _ in 0..10_000 {
+            control.sent(1 << 20, (1 << 20) / 500);
+            assert_eq!(control.effort(), Effort::None);
+        }
     }
 
     #[test]

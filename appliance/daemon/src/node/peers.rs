@@ -70,7 +70,9 @@ pub struct PeerStatus {
     pub version: Option<String>,
     /// Round trip time in milliseconds.
     pub rtt_ms: Option<f64>,
-    /// Bytes of UDP sent and received in this session.
+    /// The largest packet that the path is known to take, in bytes of UDP payload.
+    pub packet_bytes: Option<u16>,
+    /// Bytes of UDP sent in this session.
     pub udp_sent: Option<u64>,
     /// Bytes of UDP received in this session.
     pub udp_received: Option<u64>,
@@ -603,6 +605,7 @@ impl Known {
             connected_since: self.since.map(clock::rfc3339),
             version: session.map(|session| session.hello().software.clone()),
             rtt_ms: session.map(|session| session.rtt().as_secs_f64() * 1e3),
+            packet_bytes: session.map(Session::packet_bytes),
             udp_sent: udp.map(|(sent, _)| sent),
             udp_received: udp.map(|(_, received)| received),
             trouble: if session.is_some() { None } else { self.trouble.clone() },
