@@ -418,4 +418,48 @@ mod tests {
         let tail = frames.tail().unwrap();
         assert_eq!((tail.offset, tail.last, tail.watermark), (3 * 4096, Seq(5), Seq(4)));
     }
+
+    /// More than is read at once, in frames of many sizes: those that a read cuts in two are whole.
+    #[test]
+    fn frames_across_reads_are_whole() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = Volume::new(Arc::new(OsFs)).create(&dir.path().join("s"), Access::Direct);
+        let file = file.unwrap();
+        file.allocate(8 << 20).unwrap();
+        let segment = Segment { ordinal: 0, slot: 0, header: header(), file, free: Arc::default() };
+        let pool = BufPool::new(4 << 20);
+        let mut writer = SegmentWriter::begin(Arc::new(segment), 8 << 20, pool.clone()).unwrap();
+        let (mut prev, mut written) = (header().prev, Vec::new());
+        for seq in 5..45 {
+            let blocks = (seq * 29) % 64 + 1;
+            let mut builder = Builder::new();
+            let mut content = Vec::new();
+            for block in 0..blocks {
+                let bytes = vec![(seq ^ block) as u8; 4096];
+                let extent = Extent::new(8 * block, 8);
+                assert!(builder.write(DiskNo(1), extent, &[content_sum(&bytes)]));
+                content.extend(bytes);
+            }
+            let (head, hash) = builder.finish(&HeaderFields {
+                group: header().group,
+                epoch: header().epoch,
+                seq: Seq(seq),
+                prev,
+                durable: Seq(seq - 1),
+                log_time: LogTime(6),
+                wall_time: WallTime(7),
+            });
+            prev = hash;
+            let frame = Frame::from_parts(head, hash, vec![content.clone().into()]).unwrap();
+            writer.append(&[Arc::new(frame)], Seq(seq - 1)).unwrap();
+            written.push(content);
+        }
+        assert!(writer.offset() > 4 << 20, "{} bytes do not take many reads", writer.offset());
+        let mut frames = scan(&writer.segment().target(), &pool).unwrap();
+        for content in written {
+            let (_, frame) = frames.next(true).unwrap().expect("a sound frame");
+            assert!(frame.content().concat() == content, "frame {}", frame.header().seq);
+        }
+        assert!(frames.next(true).unwrap().is_none());
+    }
 }

@@ -22,6 +22,7 @@ use srn_store::frame::Frame;
 use srn_store::group::Cursor;
 use srn_store::manifest::Fence;
 use tokio::sync::Notify;
+use tokio::task::JoinHandle;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::effort::EffortControl;
@@ -460,9 +461,11 @@ impl Pump {
     async fn send_all(&self, stream: Stream) -> std::result::Result<(), PumpError> {
         let header = StreamHeader { group: self.group.id, nonce: stream.nonce, first: stream.next };
         let mut writer = self.session.open_frames(&header).await?;
-        let mut cursor = Some(self.group.store.cursor(stream.next));
+        let mut log = Log::Here(Box::new(Reader {
+            cursor: self.group.store.cursor(stream.next),
+            codecs: Codecs::new(),
+        }));
         let mut control = EffortControl::default();
-        let mut codecs = Some(Codecs::new());
         let again = self.group.counters.highest_sent.load(Ordering::Relaxed);
         let mut sent_at: Option<Instant> = None;
         loop {
@@ -472,7 +475,8 @@ impl Pump {
                 control.idle(micros(waiting));
             }
             let began = Instant::now();
-            let batch = self.next_batch(&mut cursor, &mut codecs, control.effort()).await?;
+            let (batch, back) = self.next_batch(log, control.effort()).await?;
+            log = back;
             let mut content = 0;
             for frame in batch {
                 self.until_granted().await;
@@ -509,43 +513,60 @@ impl Pump {
     }
 
     /// Reads the next frames and encodes them. Small ones that are in memory are done here, the
-    /// rest where waiting for a disk or computing disturbs nobody.
+    /// rest where waiting for a disk or computing disturbs nobody; of those that are read from the
+    /// disk, the following ones are read while these are sent.
     async fn next_batch(
         &self,
-        cursor: &mut Option<Cursor>,
-        codecs: &mut Option<Codecs>,
+        log: Log,
         effort: Effort,
-    ) -> std::result::Result<Batch, PumpError> {
-        let lost = || PumpError::Store("a reader was lost".into());
-        if let (Some(reader), Some(codecs)) = (cursor.as_mut(), codecs.as_mut())
-            && let Some(frame) = reader.next_recent()
-        {
-            let pool = &self.group.context.store().pool;
-            if effort == Effort::None || frame.memory() <= INLINE_BYTES {
-                return Ok(vec![frame.encoded(effort, codecs, pool)]);
+    ) -> std::result::Result<(Batch, Log), PumpError> {
+        let read = match log {
+            Log::Here(mut reader) => {
+                if let Some(frame) = reader.cursor.next_recent() {
+                    return self.encode(frame, reader, effort).await;
+                }
+                self.read_ahead(reader, effort)
             }
-            let (pool, codecs_taken) = (pool.clone(), std::mem::take(codecs));
-            let encoded = tokio::task::spawn_blocking(move || {
-                let mut codecs = codecs_taken;
-                (frame.encoded(effort, &mut codecs, &pool), codecs)
-            });
-            let (frame, back) = encoded.await.map_err(|_| lost())?;
-            *codecs = back;
-            return Ok(vec![frame]);
+            Log::Away(read) => read,
+        };
+        let lost = |_| PumpError::Store("a reader was lost".into());
+        let (mut reader, result) = read.await.map_err(lost)?;
+        let mut batch = result.map_err(|error| PumpError::Store(error.to_string()))?;
+        // In memory again: caught up.
+        if let Some(frame) = reader.cursor.next_recent() {
+            batch.push(frame);
+            return Ok((batch, Log::Here(reader)));
         }
-        let reader = cursor.take().ok_or_else(lost)?;
-        let taken = codecs.take().unwrap_or_default();
+        let more = reader.cursor.position() <= lock(&self.sender).durable();
+        let log = if more { Log::Away(self.read_ahead(reader, effort)) } else { Log::Here(reader) };
+        Ok((batch, log))
+    }
+
+    /// Encodes a frame that is in memory.
+    async fn encode(
+        &self,
+        frame: Arc<Frame>,
+        mut reader: Box<Reader>,
+        effort: Effort,
+    ) -> std::result::Result<(Batch, Log), PumpError> {
+        let pool = self.group.context.store().pool.clone();
+        if effort == Effort::None || frame.memory() <= INLINE_BYTES {
+            let batch = vec![frame.encoded(effort, &mut reader.codecs, &pool)];
+            return Ok((batch, Log::Here(reader)));
+        }
+        let encoded = tokio::task::spawn_blocking(move || {
+            (vec![frame.encoded(effort, &mut reader.codecs, &pool)], Log::Here(reader))
+        });
+        encoded.await.map_err(|_| PumpError::Store("an encoder was lost".into()))
+    }
+
+    fn read_ahead(&self, mut reader: Box<Reader>, effort: Effort) -> JoinHandle<Read> {
         let limit = lock(&self.sender).durable();
         let pool = self.group.context.store().pool.clone();
-        let read = tokio::task::spawn_blocking(move || {
-            let (mut reader, mut codecs) = (reader, taken);
-            let result = read_batch(&mut reader, &mut codecs, effort, limit, &pool);
-            (reader, codecs, result)
-        });
-        let (reader, back, result) = read.await.map_err(|_| lost())?;
-        *cursor = Some(reader);
-        *codecs = Some(back);
-        result.map_err(|error| PumpError::Store(error.to_string()))
+        tokio::task::spawn_blocking(move || {
+            let result = reader.read_batch(effort, limit, &pool);
+            (reader, result)
+        })
     }
 
     async fn send(
@@ -576,21 +597,37 @@ impl Pump {
     }
 }
 
-fn read_batch(
-    reader: &mut Cursor,
-    codecs: &mut Codecs,
-    effort: Effort,
-    limit: Seq,
-    pool: &srn_store::io::BufPool,
-) -> srn_store::Result<Batch> {
-    let mut batch = Vec::new();
-    let mut bytes = 0;
-    while bytes < BATCH_BYTES && reader.position() <= limit {
-        let Some(frame) = reader.next()? else { break };
-        bytes += frame.memory();
-        batch.push(frame.encoded(effort, codecs, pool));
+/// Reads frames of the log, and encodes them.
+struct Reader {
+    cursor: Cursor,
+    codecs: Codecs,
+}
+
+/// What has been read, and the reader back.
+type Read = (Box<Reader>, srn_store::Result<Batch>);
+
+/// The reader, or that it is reading.
+enum Log {
+    Here(Box<Reader>),
+    Away(JoinHandle<Read>),
+}
+
+impl Reader {
+    fn read_batch(
+        &mut self,
+        effort: Effort,
+        limit: Seq,
+        pool: &srn_store::io::BufPool,
+    ) -> srn_store::Result<Batch> {
+        let mut batch = Vec::new();
+        let mut bytes = 0;
+        while bytes < BATCH_BYTES && self.cursor.position() <= limit {
+            let Some(frame) = self.cursor.next()? else { break };
+            bytes += frame.memory();
+            batch.push(frame.encoded(effort, &mut self.codecs, pool));
+        }
+        Ok(batch)
     }
-    Ok(batch)
 }
 
 fn micros(since: Instant) -> u64 {

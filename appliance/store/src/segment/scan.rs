@@ -135,11 +135,6 @@ impl Scan {
         self.hash = hash;
     }
 
-    /// Forgets what was read ahead: the file has grown since.
-    pub fn refresh(&mut self) {
-        self.chunk = Bytes::new();
-    }
-
     /// The next good frame that continues the chain, with its offset; `None` where they end. With
     /// `verify` its content is verified too.
     ///
@@ -220,12 +215,19 @@ impl Scan {
         }
         let want = CHUNK.min(usize::try_from(self.len - at).unwrap_or(CHUNK));
         let mut buf = self.pool.take(want.next_multiple_of(PAGE));
+        // The frame that the last chunk cut in two is not read twice: its first part is moved.
+        let kept = at.checked_sub(self.chunk_at).and_then(|skip| usize::try_from(skip).ok());
+        let kept = kept.and_then(|skip| self.chunk.get(skip..)).unwrap_or_default();
+        let kept = kept.get(..kept.len() / PAGE * PAGE).unwrap_or_default();
+        let (first, rest) = buf.split_at_mut_checked(kept.len()).unwrap_or_default();
+        first.copy_from_slice(kept);
+        let kept = kept.len();
         let read = self
             .segment
             .file
-            .read_at(&mut buf, at)
+            .read_at(rest, at + kept as u64)
             .doing(|| format!("reading log segment {} at {at}", self.segment.slot))?;
-        buf.set_len(read);
+        buf.set_len(kept + read);
         self.chunk = Bytes::from_owner(buf);
         self.chunk_at = at;
         Ok(within(&self.chunk, self.chunk_at))

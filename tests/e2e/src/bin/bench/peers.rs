@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::Write;
-use std::net::{Ipv4Addr, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
@@ -21,8 +21,7 @@ impl Server {
     pub(crate) async fn start(mut command: Command, port: u16) -> Self {
         command.stdin(Stdio::null()).stdout(Stdio::null()).kill_on_drop(true);
         let child = command.spawn().unwrap_or_else(|error| panic!("{command:?}: {error}"));
-        let listens = async || TcpStream::connect((Ipv4Addr::LOCALHOST, port)).ok();
-        wait_for("a server listens", Duration::from_secs(10), listens).await;
+        listens(port).await;
         Self { _child: child, port }
     }
 
@@ -34,6 +33,17 @@ impl Server {
     pub(crate) const fn port(&self) -> u16 {
         self.port
     }
+}
+
+/// Waits until somebody listens on `port`. Nobody is called for that: a server that takes one
+/// client, or writes of each, is left alone.
+pub(crate) async fn listens(port: u16) {
+    let entry = format!(":{port:04X} 00000000:0000 0A");
+    wait_for("a server listens", Duration::from_secs(10), async || {
+        let table = std::fs::read_to_string("/proc/net/tcp").unwrap_or_default();
+        table.contains(&entry).then_some(())
+    })
+    .await;
 }
 
 /// A port that nobody uses now.

@@ -2,9 +2,8 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
-use std::time::Duration;
 
-use srn_e2e::{tool, wait_for};
+use srn_e2e::{Node, PATIENCE, tool, wait_for};
 use tokio::process::Command;
 use tokio::time::Instant;
 
@@ -36,6 +35,24 @@ async fn seconds(work: impl Future<Output = ()>) -> f64 {
     let began = Instant::now();
     work.await;
     began.elapsed().as_secs_f64()
+}
+
+/// Waits until everything is durable at the peer. It asks the daemon itself: starting `srn` again
+/// and again would take a twentieth of the machine from what is measured.
+async fn in_step(node: &Node, group: &str) {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let request =
+        format!("GET /v1/groups/{group} HTTP/1.1\r\nHost: srn\r\nConnection: close\r\n\r\n");
+    wait_for("everything is at the peer", PATIENCE, async || {
+        let mut socket = tokio::net::UnixStream::connect(node.socket()).await.ok()?;
+        socket.write_all(request.as_bytes()).await.ok()?;
+        let mut answer = String::new();
+        socket.read_to_string(&mut answer).await.ok()?;
+        let (_, body) = answer.split_once("\r\n\r\n")?;
+        let group: serde_json::Value = serde_json::from_str(body).ok()?;
+        (group["state"] == "streaming" && group["lag_bytes"] == 0).then_some(())
+    })
+    .await;
 }
 
 /// `nbdcopy --flush` of the image into the front.
@@ -76,7 +93,7 @@ pub(crate) async fn measure(site: &Site, pairs: usize, table: &mut Table) {
         ours.push(
             seconds(async {
                 nbdcopy(&image, &uri).await;
-                site.production.in_step("whole").await;
+                in_step(&site.production, "whole").await;
             })
             .await,
         );
@@ -172,12 +189,7 @@ impl Far {
             .kill_on_drop(true)
             .spawn()
             .expect("bash");
-        let hex = format!(":{port:04X} 00000000:0000 0A");
-        wait_for("socat listens", Duration::from_secs(10), async || {
-            let table = std::fs::read_to_string("/proc/net/tcp").unwrap_or_default();
-            table.contains(&hex).then_some(())
-        })
-        .await;
+        peers::listens(port).await;
         let send = format!(
             "zstd -1 -cq {image} | socat -u - openssl-connect:127.0.0.1:{port},\
              cert={dir}/client-cert.pem,key={dir}/client-key.pem,cafile={dir}/ca-cert.pem,\
