@@ -44,8 +44,8 @@ const LOADS: [Load; 4] = [
     },
 ];
 
-/// Operations per second.
-async fn fio(uri: &str, options: &[&str]) -> f64 {
+/// Operations per second, and how many there were.
+async fn fio(uri: &str, options: &[&str]) -> (f64, f64) {
     let (uri, size) = (format!("--uri={uri}"), format!("--size={SPAN_MIB}m"));
     let seconds = format!("--runtime={SECONDS}");
     let mut arguments = vec![
@@ -66,19 +66,24 @@ async fn fio(uri: &str, options: &[&str]) -> f64 {
     // Its NBD engine says something first.
     let json = said.out.find('{').map_or("", |at| &said.out[at..]);
     let found: Value = serde_json::from_str(json).expect("fio speaks JSON");
-    found["jobs"][0]["write"]["iops"].as_f64().expect("a figure")
+    let write = &found["jobs"][0]["write"];
+    let figure = |name: &str| write[name].as_f64().expect("a figure");
+    (figure("iops"), figure("total_ios"))
 }
 
 pub(crate) async fn measure(site: &Site, pairs: usize, table: &mut Table) {
     let file = peers::written_file(site.lab.dir(), "peer.raw", SPAN_MIB);
     for load in &LOADS {
-        let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+        let (mut ours, mut theirs, mut appends) = (Vec::new(), Vec::new(), Vec::new());
         for _ in 0..pairs {
             served(site, "front", "1G").await;
-            ours.push(fio(&site.production.nbd_uri("front/disk"), load.options).await);
+            let (rate, writes) = fio(&site.production.nbd_uri("front/disk"), load.options).await;
+            ours.push(rate);
+            let frames = site.production.group("front").await["head"].as_f64();
+            appends.push(frames.expect("a number") / writes);
             remove(site, "front").await;
             let peer = peers::qemu_nbd(&file, &[]).await;
-            theirs.push(fio(&peer.uri(), load.options).await);
+            theirs.push(fio(&peer.uri(), load.options).await.0);
         }
         table.compare(&Comparison {
             what: load.what,
@@ -88,6 +93,9 @@ pub(crate) async fn measure(site: &Site, pairs: usize, table: &mut Table) {
             theirs: &theirs,
             target: load.target,
         });
+        // A frame is made durable by one synchronous write, alone or with others.
+        let frames = format!("at most {:.2}", quantile(&appends, 0.5));
+        table.state("synchronous writes to the log per write, for that", frames, "");
     }
 }
 

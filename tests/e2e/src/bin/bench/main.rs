@@ -6,6 +6,7 @@
 
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "tables are what it makes")]
 
+mod cost;
 mod front;
 mod memory;
 mod peers;

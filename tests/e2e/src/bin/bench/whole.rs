@@ -7,6 +7,7 @@ use srn_e2e::{Node, PATIENCE, tool, wait_for};
 use tokio::process::Command;
 use tokio::time::Instant;
 
+use super::cost::Cost;
 use super::peers::{self, Server, free_port};
 use super::table::{Comparison, Table, quantile};
 use super::{Site, remove, served};
@@ -87,9 +88,11 @@ pub(crate) async fn measure(site: &Site, pairs: usize, table: &mut Table) {
     let far = Far::new(site.lab.dir(), &image).await;
     let mut ours = Vec::new();
     let mut theirs: [Vec<f64>; 3] = Default::default();
+    let (mut seconds_per_gib, mut written_per_byte) = (Vec::new(), Vec::new());
     for _ in 0..pairs {
         served(site, "whole", "2G").await;
         let uri = site.production.nbd_uri("whole/disk");
+        let before = Cost::of(site);
         ours.push(
             seconds(async {
                 nbdcopy(&image, &uri).await;
@@ -97,12 +100,17 @@ pub(crate) async fn measure(site: &Site, pairs: usize, table: &mut Table) {
             })
             .await,
         );
+        let cost = Cost::of(site).since(before);
+        let group = site.production.group("whole").await;
+        let content = group["link"]["content_written"].as_f64().expect("a number");
+        seconds_per_gib.push(cost.cpu_s / content * f64::from(1 << 30));
+        written_per_byte.push(cost.written / content / 2.0);
         remove(site, "whole").await;
         theirs[0].push(far.tls_nbd().await);
         theirs[1].push(far.zstd_socat().await);
         theirs[2].push(far.rsync_ssh().await);
     }
-    let names = ["nbdcopy to qemu-nbd, TLS", "zstd -1 | socat, TLS", "rsync over ssh, zstd"];
+    let names = ["nbdcopy to qemu-nbd, TLS", "zstd -1 to socat, TLS", "rsync over ssh, zstd"];
     for (name, theirs) in names.iter().zip(&theirs) {
         table.compare(&Comparison {
             what: "whole job, the same disk, durable at the far end",
@@ -125,6 +133,10 @@ pub(crate) async fn measure(site: &Site, pairs: usize, table: &mut Table) {
         theirs: best,
         target: "≤ 0.9",
     });
+    let cpu = format!("{:.2} s per GiB of content", quantile(&seconds_per_gib, 0.5));
+    table.state("processor time for that, both nodes together", cpu, "");
+    let written = format!("{:.2}", quantile(&written_per_byte, 0.5));
+    table.state("bytes written to each node's volume per byte of content", written, "");
 }
 
 /// What the others need at the far end: certificates, a key, a daemon.
