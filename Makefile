@@ -10,7 +10,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 
-.PHONY: demo test test-fast test-e2e test-full test-lab bench build help
+.PHONY: demo test test-full test-lab bench build help
 
 help:
 	@sed -n '3,7s/^# *//p' Makefile

@@ -64,6 +64,8 @@ write_results() {
         echo "Commit $(git rev-parse --short HEAD 2>/dev/null || echo unknown)," \
             "$(nproc) cores, Linux $(uname -r), $(rustc --version)."
         echo
+        echo "SIM_SEEDS=$SIM_SEEDS SRN_LAPS=$SRN_LAPS POWER_LAPS=$POWER_LAPS."
+        echo
         echo "| step | result | time | tests |"
         echo "|---|---|---|---|"
         printf '%s\n' "${results[@]}"
@@ -114,13 +116,11 @@ merge() {
 
 full() {
     common
-    export SIM_SEEDS="${SIM_SEEDS:-3000}"
+    export SIM_SEEDS="${SIM_SEEDS:-3000}" SRN_LAPS="${SRN_LAPS:-40}" POWER_LAPS="${POWER_LAPS:-12}"
     step "rooms: units, properties, simulation" rooms
     step "the daemon is built" cargo build --locked -p srn -p srn-e2e
-    step "end to end, more laps" env SRN_LAPS="${SRN_LAPS:-40}" \
-        cargo test --locked -p srn-e2e --no-fail-fast
-    step "power cuts, more laps" env POWER_LAPS="${POWER_LAPS:-12}" \
-        cargo test --locked -p srn-power-test
+    step "end to end, more laps" cargo test --locked -p srn-e2e --no-fail-fast
+    step "power cuts, more laps" cargo test --locked -p srn-power-test
     step "demonstration, BIOS" target/debug/demo
     step "demonstration, UEFI" target/debug/demo --firmware uefi
     step "the demonstration's server can be believed" tests/server/selftest.sh

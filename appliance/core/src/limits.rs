@@ -22,7 +22,7 @@ pub const FRAME_RECORDS_MAX: usize = 1024;
 /// Blocks in one frame: each record begins its own, so small writes reach the record cap first.
 pub const FRAME_BLOCKS_MAX: usize = FRAME_RECORDS_MAX + FRAME_PAYLOAD_MAX / BLOCK_MAX;
 
-/// Header and table of one frame, in bytes: 1,024 records of at most 108 bytes is the worst case
+/// Header and table of one frame, in bytes: 1,024 records of at most 96 bytes is the worst case
 /// of names in every record, and 1,032 checksums of 8 bytes; rounded up.
 pub const FRAME_HEAD_MAX: usize = 128 * 1024;
 

@@ -159,7 +159,8 @@ impl Sender {
         self.phase = match self.judge(theirs, hash_here, oldest) {
             Some(stop) => Phase::Stopped(stop),
             None => {
-                self.acked = self.acked.max(theirs.seq);
+                // Also where that is less than it had acknowledged: what it holds now is what counts.
+                self.acked = theirs.seq;
                 let next = theirs.seq.next();
                 Phase::Streaming(Stream { nonce, next, sent_bytes: 0, credit })
             }

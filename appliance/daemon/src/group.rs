@@ -7,25 +7,28 @@ mod export;
 mod incoming;
 mod lag;
 mod maintainer;
+mod mirrored;
 mod outgoing;
+mod pump;
 mod room;
+mod session;
 mod status;
+mod takeover;
+mod watch;
 
 pub use export::{DiskExport, ReadOnlyExport, Slot, Slots};
 pub use status::{CheckpointStatus, DiskStatus, GroupStatus, LinkStatus, LogStatus};
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 use std::time::Duration;
 
 use srn_core::epoch::Position;
 use srn_core::frame::{MarkKind, ResyncReason};
 use srn_core::ids::{CheckpointId, DiskId, DiskNo, EpochId, GroupId, NodeId, Seq};
 use srn_core::name::Name;
-use srn_core::state::{Cause, Content, State};
-use srn_core::wire::{Message, RefuseCode};
-use srn_link::Session;
-use srn_store::StoreError;
+use srn_core::state::{Cause, State};
+use srn_core::wire::Message;
 use srn_store::catalog::Catalog;
 use srn_store::group::{Appender, Change, Group as Store, Opened, Options, OwnedRecord};
 use srn_store::manifest::{Fence, Keep, Note, Role};
@@ -35,9 +38,11 @@ use crate::clock;
 use crate::context::Context;
 use crate::error::{Failure, Kind, Result};
 use crate::fleet::{GroupRecord, IsolatedStart, Level, Source, SourceRecord};
-use engine::{Client, Closed, Done, Engine, Op, Watcher};
+use engine::{Client, Closed, Done, Engine, Op};
 use lag::Lag;
 use maintainer::Maintainer;
+use takeover::FENCED;
+use watch::{GroupSlot, Watch};
 
 /// How long somebody waits for room in a full log before they are told that there is none.
 const NO_ROOM_PATIENCE: Duration = Duration::from_secs(1);
@@ -57,6 +62,8 @@ pub struct Group {
     /// Signals that something about the group changed.
     changed: Notify,
     counters: Counters,
+    /// Held while a fence is put up or taken down.
+    fencing: tokio::sync::Mutex<()>,
     /// Who has the exports of this group open.
     pub(crate) slots: Slots,
     /// How often a mirror has opened each disk. Held while it is decided what that means.
@@ -96,6 +103,8 @@ struct Facts {
     last_disk_states: std::collections::BTreeMap<DiskNo, State>,
     /// A planned failover is draining this primary.
     draining: bool,
+    /// This secondary is becoming primary.
+    taking_over: bool,
     /// At start without the peer: exports stay closed until it has been heard.
     waiting_for_peer: bool,
     last_checkpoint: Option<srn_core::time::Mono>,
@@ -251,6 +260,7 @@ impl Group {
             facts: Mutex::new(Facts { waiting_for_peer: waits, ..Facts::default() }),
             changed: Notify::new(),
             counters: Counters::default(),
+            fencing: tokio::sync::Mutex::default(),
             slots: Slots::default(),
             mirror_connections: tokio::sync::Mutex::default(),
         });
@@ -312,6 +322,10 @@ impl Group {
     #[must_use]
     pub fn peer(&self) -> Option<NodeId> {
         self.record().peer.as_ref().and_then(|peer| peer.parse().ok())
+    }
+
+    fn record_has_peer(&self) -> bool {
+        self.record().peer.is_some()
     }
 
     /// This node's part.
@@ -384,6 +398,13 @@ impl Group {
         ))
     }
 
+    /// The group serves although its peer was not heard of, as its settings say now.
+    pub fn stop_waiting(&self) {
+        self.facts().waiting_for_peer = false;
+        self.changed.notify_waiters();
+        self.review();
+    }
+
     /// Whether writes may be taken here now.
     ///
     /// # Errors
@@ -399,7 +420,8 @@ impl Group {
         }
         if let Some(fence) = fence {
             return Err(Failure::refused(format!(
-                "group {name} is fenced since {}: {}; nothing is written here any more",
+                "group {name} is fenced since {}: {}; nothing is written here any more (when \
+                 nothing here is needed: srn group delete {name})",
                 clock::rfc3339(fence.since),
                 fence.cause
             )));
@@ -413,7 +435,8 @@ impl Group {
         if facts.waiting_for_peer {
             return Err(Failure::refused(format!(
                 "group {name} waits for its peer before it serves (on-isolated-start = wait); \
-                 restore the link, or set on-isolated-start to serve"
+                 restore the link, or serve without it: srn group set {name} \
+                 --on-isolated-start serve"
             )));
         }
         drop(facts);
@@ -449,6 +472,8 @@ impl Group {
                 let gone = |_| Err(Closed("the log was closed".into()));
                 return answer.unwrap_or_else(gone).map_err(closed);
             }
+            // Whoever looks otherwise may be the one that waits here.
+            self.look_for_room();
             let Some(why) = self.facts().full.clone() else { continue };
             client.leave();
             engine.settled().await;
@@ -522,61 +547,6 @@ impl Group {
         Ok(disk)
     }
 
-    /// From here the disk's content is sent anew.
-    ///
-    /// # Errors
-    /// When nothing can be appended.
-    pub async fn begin_resync(&self, disk: DiskNo, reason: ResyncReason) -> Result<()> {
-        self.append(vec![OwnedRecord::ResyncBegin(disk, reason)]).await.map(|_| ())
-    }
-
-    /// A mirror has opened the disk. If an earlier connection had brought it in step, what its
-    /// server wrote since comes in no order: a resync begins before the first of it.
-    ///
-    /// # Errors
-    /// When nothing can be appended.
-    pub async fn mirror_connected(&self, disk: DiskNo) -> Result<()> {
-        let mut connections = self.mirror_connections.lock().await;
-        *connections.entry(disk).or_default() += 1;
-        let catalog = self.catalog();
-        if catalog.disks.get(&disk).is_some_and(|disk| disk.content == Content::Clean) {
-            self.begin_resync(disk, ResyncReason::MirrorReconnected).await?;
-        }
-        Ok(())
-    }
-
-    /// How often a mirror has opened the disk since the daemon was started.
-    pub async fn mirror_connections(&self, disk: DiskNo) -> u64 {
-        self.mirror_connections.lock().await.get(&disk).copied().unwrap_or_default()
-    }
-
-    /// The mirror and its server's disk are equal, and were so over the connection with this
-    /// number: the disk's content is one point in time again. Returns whether that is news; not so
-    /// when the mirror has connected anew since.
-    ///
-    /// # Errors
-    /// When nothing can be appended.
-    pub async fn mirror_in_sync(&self, disk: DiskNo, connection: u64) -> Result<bool> {
-        let connections = self.mirror_connections.lock().await;
-        let catalog = self.catalog();
-        let is_news = connections.get(&disk) == Some(&connection)
-            && catalog.disks.get(&disk).is_some_and(|disk| disk.content != Content::Clean);
-        if is_news {
-            self.end_resync(disk).await?;
-        }
-        Ok(is_news)
-    }
-
-    /// The disk's content is one point in time again.
-    ///
-    /// # Errors
-    /// When nothing can be appended.
-    pub async fn end_resync(&self, disk: DiskNo) -> Result<()> {
-        self.append(vec![OwnedRecord::ResyncEnd(disk)]).await?;
-        self.changed.notify_waiters();
-        Ok(())
-    }
-
     /// Makes a checkpoint, or asks the primary for one.
     ///
     /// # Errors
@@ -640,120 +610,6 @@ impl Group {
         match tokio::task::spawn_blocking(work).await {
             Ok(result) => result.map_err(Failure::from),
             Err(error) => Err(Failure::internal(format!("a task ended: {error}"))),
-        }
-    }
-
-    /// Pauses or resumes replication. Who resumes also says that there is a session with the peer,
-    /// if there is one: a group that is paused may not know of it.
-    ///
-    /// # Errors
-    /// When the setting cannot be written.
-    pub async fn set_paused(self: &Arc<Self>, paused: bool) -> Result<()> {
-        self.change_settings(|record| record.paused = paused)?;
-        if paused {
-            if let Some(session) = self.session() {
-                let text = "paused by an administrator".to_owned();
-                let refuse = self.refuse(RefuseCode::Paused, text);
-                let _ = session.send(&refuse).await;
-            }
-            self.end_stream();
-        }
-        let what = if paused { "paused" } else { "resumed" };
-        self.context.event(Level::Info, Some(&self.name()), &format!("{what} by an administrator"));
-        self.review();
-        Ok(())
-    }
-
-    /// The session with the peer, if there is one.
-    #[must_use]
-    pub fn session(&self) -> Option<Session> {
-        match &*self.side() {
-            Side::Apart => None,
-            Side::Outgoing(outgoing) => Some(outgoing.session().clone()),
-            Side::Incoming(incoming) => Some(incoming.session().clone()),
-        }
-    }
-
-    fn refuse(&self, code: RefuseCode, text: String) -> Message {
-        let epochs = (code == RefuseCode::Fenced).then(|| self.store.epochs());
-        Message::Refuse(srn_core::wire::Refuse { group: self.id, code, text, epochs })
-    }
-
-    /// There is a session with the peer.
-    pub async fn session_up(self: &Arc<Self>, session: &Session) {
-        if self.settings().paused {
-            return;
-        }
-        if self.role() == Role::Secondary {
-            // It may have been refused before, and does not know that there is nothing in the way.
-            let text = self.hindrance().unwrap_or_default();
-            let _ = session.send(&Message::Hindrance { group: self.id, text }).await;
-            return;
-        }
-        let for_good = self.fence().is_some_and(|fence| fence.cause == Cause::FailoverAtPeer);
-        if for_good {
-            return;
-        }
-        if let Err(error) = self.offer(session).await {
-            log::debug!("group {}: offering: {error}", self.name());
-        }
-        self.review();
-    }
-
-    /// The peer said something about this group.
-    pub async fn on_message(self: &Arc<Self>, session: &Session, message: Message) {
-        match message {
-            Message::Accept(accept) => {
-                // Looking up a frame may take a while; acknowledgements must not wait for it.
-                let (this, session) = (self.clone(), session.clone());
-                tokio::spawn(async move { this.on_accept(&session, accept).await });
-            }
-            Message::Refuse(refuse) => self.on_refuse(session, refuse).await,
-            Message::Ack { seq, .. } => self.on_ack(session, seq),
-            Message::Credit { limit, .. } => self.on_credit(session, limit),
-            Message::Progress(progress) => self.on_progress(progress),
-            Message::Hindrance { text, .. } => self.on_hindrance(session, text).await,
-            Message::Drain { .. } => {
-                let (this, session) = (self.clone(), session.clone());
-                tokio::spawn(async move { this.on_drain(&session).await });
-            }
-            Message::Drained { last, .. } => self.on_drained(last),
-            Message::MarkRequest { id, .. } => {
-                let this = self.clone();
-                tokio::spawn(async move { this.on_mark_request(id).await });
-            }
-            Message::Note { id, label, .. } => self.on_note(id, label).await,
-            // The node deals with these.
-            Message::Hello(_) | Message::Offer(_) | Message::Goodbye { .. } => {}
-        }
-    }
-
-    async fn on_mark_request(&self, id: CheckpointId) {
-        if self.check_writable().is_err() {
-            return;
-        }
-        let mark = OwnedRecord::Mark(id, MarkKind::Manual);
-        if let Err(error) = self.append_now(vec![mark]).await {
-            log::warn!("group {}: a checkpoint asked for by the peer: {error}", self.name());
-        }
-    }
-
-    /// The session with the peer is gone.
-    pub fn session_down(&self, number: u64) {
-        let same = self.session().is_some_and(|session| session.number() == number);
-        if same {
-            self.end_stream();
-            *self.side() = Side::Apart;
-            self.review();
-        }
-    }
-
-    /// Ends whatever flows, keeping the session.
-    fn end_stream(&self) {
-        match &mut *self.side() {
-            Side::Apart => {}
-            Side::Outgoing(outgoing) => outgoing.end(),
-            Side::Incoming(incoming) => incoming.end(),
         }
     }
 
@@ -833,85 +689,7 @@ impl Group {
         let _ = self.engine().stop("the node is stopping");
         self.maintainer.stop();
     }
-
-    /// Replaces the engine: the main line goes on in another appender.
-    fn replace_engine(self: &Arc<Self>, appender: Appender) -> Result<()> {
-        let watcher = Box::new(Watch { group: Arc::new(Arc::downgrade(self).into()) });
-        let engine = Engine::start(&self.name(), appender, watcher)
-            .map_err(|error| Failure::internal(format!("starting a thread: {error}")))?;
-        *self.engine.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(engine);
-        // The new one has met no full log yet.
-        let mut facts = self.facts();
-        facts.full = None;
-        facts.stalled = None;
-        Ok(())
-    }
-
-    /// Ends the reign of the old primary: this node goes on from frame `seq` in a new epoch.
-    ///
-    /// # Errors
-    /// When the position is not kept, or the store fails.
-    pub async fn take_over(self: &Arc<Self>, seq: Seq) -> Result<Position> {
-        self.end_stream();
-        let this = self.clone();
-        let epoch = EpochId(clock::random());
-        let work = move || -> Result<Position> {
-            let _ = this.engine().stop("the group is failing over");
-            let result = this.store.fail_over(epoch, seq, clock::now());
-            match result {
-                Ok(appender) => {
-                    let head = appender.head();
-                    this.replace_engine(appender)?;
-                    Ok(head)
-                }
-                Err(error) => {
-                    // Go on as before: the main line is what it was.
-                    this.reopen_engine()?;
-                    Err(error.into())
-                }
-            }
-        };
-        let head = tokio::task::spawn_blocking(work)
-            .await
-            .map_err(|error| Failure::internal(format!("a task ended: {error}")))??;
-        *self.lag() = Lag::default();
-        let name = self.name();
-        self.context.event(
-            Level::Warning,
-            Some(&name),
-            &format!("failed over: this node is primary from frame {} on", head.seq),
-        );
-        // The old primary hears of it at once if it is there, else when it comes back.
-        if let Some(session) = self.session() {
-            let text = format!("{} is primary of group {name} now", self.context.config().name);
-            let _ = session.send(&self.refuse(RefuseCode::Fenced, text)).await;
-        }
-        self.review();
-        Ok(head)
-    }
-
-    fn reopen_engine(self: &Arc<Self>) -> Result<()> {
-        let appender = self.store.appender(clock::now())?;
-        self.replace_engine(appender)
-    }
-
-    /// Fences this primary, durably.
-    async fn fence_off(self: &Arc<Self>, fence: Fence) -> Result<()> {
-        let why = match fence.cause {
-            Cause::Handover => "drained for a planned failover",
-            _ => FENCED,
-        };
-        self.engine().close(why);
-        let store = self.store.clone();
-        self.blocking(move || store.set_fence(Some(fence))).await?;
-        self.changed.notify_waiters();
-        self.review();
-        Ok(())
-    }
 }
-
-/// What clients of a fenced group are told.
-const FENCED: &str = "fenced: the recovery node has taken over this group";
 
 fn options(context: &Context, record: &GroupRecord) -> Options {
     let segment_bytes = context.config().segment_bytes;
@@ -919,62 +697,5 @@ fn options(context: &Context, record: &GroupRecord) -> Options {
         segment_bytes,
         cap_bytes: record.log_cap_bytes.max(3 * segment_bytes),
         ..Options::default()
-    }
-}
-
-/// The group, once it is there.
-type GroupSlot = Arc<OnceLock<Weak<Group>>>;
-
-/// Hears from the engine's thread.
-struct Watch {
-    group: GroupSlot,
-}
-
-impl Watch {
-    fn group(&self) -> Option<Arc<Group>> {
-        self.group.get().and_then(Weak::upgrade)
-    }
-}
-
-impl Watcher for Watch {
-    fn committed(&self, head: Position, content_bytes: u64) {
-        let Some(group) = self.group() else { return };
-        group.counters.content_written.fetch_add(content_bytes, Ordering::Relaxed);
-        if group.record_has_peer() {
-            group.lag().committed(head.seq, content_bytes, clock::mono());
-        }
-        group.wake_outgoing(head.seq);
-        group.maintainer.progress(content_bytes);
-    }
-
-    fn full(&self, why: Option<&str>) {
-        if let Some(group) = self.group() {
-            group.maintainer.wake();
-            group.on_stall(why);
-        }
-    }
-
-    fn received(&self, head: Position, wire_bytes: u64) {
-        let Some(group) = self.group() else { return };
-        group.frames_durable(head, wire_bytes);
-        group.maintainer.progress(wire_bytes);
-    }
-
-    fn failed(&self, error: &StoreError) {
-        let Some(group) = self.group() else { return };
-        let cause = match error {
-            StoreError::Corrupt(_) => Cause::Corrupt,
-            _ => Cause::DiskFailed,
-        };
-        group.facts().failure = Some((cause, error.to_string()));
-        log::error!("group {}: {error}", group.name());
-        group.changed.notify_waiters();
-        group.review();
-    }
-}
-
-impl Group {
-    fn record_has_peer(&self) -> bool {
-        self.record().peer.is_some()
     }
 }

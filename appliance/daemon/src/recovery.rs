@@ -233,7 +233,9 @@ impl Recoveries {
             .groups()
             .into_iter()
             .find(|group| group.id().to_string() == record.group)
-            .ok_or_else(|| Failure::not_found("its group is not open"))?;
+            .ok_or_else(|| {
+                Failure::not_found(format!("group {} is not open: see srn status", record.group))
+            })?;
         let clone = if record.test {
             let epoch: EpochId =
                 record.epoch.parse().map_err(|_| Failure::internal("malformed epoch"))?;

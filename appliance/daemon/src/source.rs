@@ -8,6 +8,8 @@ pub use mirror::{Mirrors, find_disk};
 
 use std::sync::Arc;
 
+use srn_core::state::Content;
+
 use crate::fleet::Source;
 use crate::node::Node;
 
@@ -16,9 +18,19 @@ impl Node {
     pub(crate) fn start_sources(self: &Arc<Self>) {
         for group in self.groups() {
             for record in group.settings().sources {
-                if let Source::Mirror { qmp, node } = record.source {
-                    let disk = srn_core::ids::DiskNo(record.disk);
-                    self.mirrors().start(self, &group, disk, qmp, node);
+                let disk = srn_core::ids::DiskNo(record.disk);
+                let catalog = group.catalog();
+                let found = catalog.disks.get(&disk);
+                match record.source {
+                    Source::Mirror { qmp, node } => {
+                        self.mirrors().start(self, &group, disk, qmp, node);
+                    }
+                    Source::Served if found.is_some_and(|disk| disk.content != Content::Clean) => {
+                        let why = "filling it was cut off when the daemon ended; remove the disk \
+                                   and add it again";
+                        group.source_state(disk, Some(why.to_owned()));
+                    }
+                    Source::Served => {}
                 }
             }
         }

@@ -338,6 +338,12 @@ impl Group {
         state.acked = state.acked.max(seq);
     }
 
+    /// The peer holds less than it had acknowledged: it was deleted or set back. What was taken for
+    /// safe is not.
+    pub fn set_back_acked(&self, seq: Seq) {
+        self.lock().acked = seq;
+    }
+
     /// Why the state volume failed, if it did.
     #[must_use]
     pub fn failure(&self) -> Option<String> {

@@ -54,7 +54,9 @@ pub(super) fn router(node: Arc<Node>) -> Router {
         .route("/v1/recoveries/{id}", get(recovery))
         .route("/v1/recoveries/{id}/stop", post(stop_recovery))
         .route("/v1/exports", post(exports::open))
-        .fallback(async || Failure::not_found("there is no such path; see the documentation"))
+        .fallback(async |uri: axum::http::Uri| {
+            Failure::not_found(format!("there is no path {} in this version", uri.path()))
+        })
         .with_state(node)
 }
 
@@ -163,7 +165,9 @@ async fn change_group(
     let group = node.find_group(&name)?;
     let keeps_replica = group.store().keep() == srn_store::manifest::Keep::Replica;
     if change.full_policy == Some(FullPolicy::Stop) && keeps_replica {
-        return Err(Failure::invalid("the policy of a group that keeps a replica is throttle"));
+        return Err(Failure::invalid(format!(
+            "group {name} keeps a replica: a full log can only throttle"
+        )));
     }
     if let Some(hook) = change.fence_hook.as_deref().filter(|hook| !hook.as_os_str().is_empty())
         && !hook.is_file()
@@ -181,6 +185,9 @@ async fn change_group(
             record.fence_hook = (!hook.as_os_str().is_empty()).then_some(hook);
         }
     })?;
+    if change.isolated_start == Some(IsolatedStart::Serve) {
+        group.stop_waiting();
+    }
     if let Some(paused) = change.paused {
         group.set_paused(paused).await?;
         if !paused && let Some(session) = group.peer().and_then(|peer| node.session_with(peer)) {

@@ -257,20 +257,21 @@ pub(super) struct MachineArgs {
     /// What to recover: latest, a checkpoint's id or label, or a frame's number.
     #[arg(long, default_value = "latest", value_name = "POINT")]
     pub(super) at: String,
-    /// Virtual CPUs.
+    /// Virtual CPUs [default: cpus of [recovery] in the configuration, 2 if not there].
     #[arg(long)]
     pub(super) cpus: Option<u32>,
-    /// Memory.
+    /// Memory, for example 8G [default: memory of [recovery] in the configuration, 1G if not
+    /// there].
     #[arg(long, value_parser = parse_size)]
     pub(super) memory: Option<u64>,
     /// bios or uefi [default: what the disk needs].
     #[arg(long)]
     pub(super) firmware: Option<String>,
-    /// How the server sees its disks: virtio, nvme, scsi, pvscsi, sata or ide.
+    /// How the server sees its disks: virtio, nvme, scsi, pvscsi, sata or ide [default: virtio].
     #[arg(long)]
     pub(super) bus: Option<String>,
-    /// What the server is joined to: user, user,restrict, bridge:NAME or tap:NAME
-    /// [default: nothing].
+    /// What the server is joined to: user, user,restrict, bridge:NAME (allowed in
+    /// /etc/qemu/bridge.conf) or tap:NAME [default: nothing].
     #[arg(long)]
     pub(super) network: Option<String>,
     /// A string that the server finds in its SMBIOS tables (type 11).
@@ -298,6 +299,9 @@ pub(super) enum FailoverCommand {
         /// Do not ask the production node to stop in good order.
         #[arg(long)]
         force: bool,
+        /// Do not ask before production is stopped in good order (for scripts).
+        #[arg(long)]
+        yes: bool,
         /// I have made sure that the production server is off (for scripts; else it is asked).
         #[arg(long)]
         yes_production_is_off: bool,

@@ -175,7 +175,11 @@ async fn group(client: &Client, out: &Out, command: GroupCommand) -> Result<()> 
             };
             let made: GroupStatus = client.post("/v1/groups", &request).await?;
             out.show(&made, |made| {
-                format!("group {} was made; add a disk with: srn disk add {}", made.name, made.name)
+                format!(
+                    "group {0} was made; add a disk with: srn disk add {0} DISK, and --qmp and \
+                     --node, or --size, or --copy-from",
+                    made.name
+                )
             });
         }
         GroupCommand::List => {
@@ -204,7 +208,7 @@ async fn group(client: &Client, out: &Out, command: GroupCommand) -> Result<()> 
                 } else {
                     "This deletes what this node keeps of the group; the recovery node keeps its."
                 };
-                confirm(what, &name)?;
+                confirm(what, &name, "--yes")?;
             }
             client.delete::<()>(&path(&name)?).await?;
             out.show(&name, |name| format!("group {name} was deleted here"));
@@ -256,11 +260,12 @@ async fn pause(client: &Client, out: &Out, path: &str, paused: bool) -> Result<(
     Ok(())
 }
 
-/// Asks a person to type a word before something that cannot be undone.
-fn confirm(what: &str, word: &str) -> Result<()> {
+/// Asks a person to type a word before something that cannot be undone. `option` says yes without
+/// being asked.
+fn confirm(what: &str, word: &str, option: &str) -> Result<()> {
     if !std::io::stdin().is_terminal() {
         return Err(Failure::refused(format!(
-            "{what} There is no terminal to confirm it at; use the option that says yes"
+            "{what} There is no terminal to confirm it at; use {option}"
         )));
     }
     let _ = write!(std::io::stderr(), "{what}\nType {word} to go on: ");
@@ -327,7 +332,16 @@ async fn wait_for_copy(client: &Client, out: &Out, group: &str, disk: &str) -> R
             .iter()
             .find(|found| found.name == disk)
             .ok_or_else(|| Failure::not_found(format!("disk {disk} was removed meanwhile")))?;
-        let in_step = found.state == "streaming" && status.lag_bytes == Some(0);
+        // Without a peer there is nothing to wait for but the copy.
+        let in_step = match status.peer {
+            Some(_) => found.state == "streaming" && status.lag_bytes == Some(0),
+            None => found.copy.is_none() && found.state != "seeding",
+        };
+        if status.paused {
+            return Err(Failure::refused(format!(
+                "group {group} is paused: srn group resume {group}"
+            )));
+        }
         let failed = matches!(found.state.as_str(), "failed" | "fenced" | "diverged");
         let line = match &found.copy {
             Some(copy) => format!(
@@ -407,7 +421,7 @@ fn recovery_request(machine: &MachineArgs, test: bool) -> RecoveryRequest {
 
 async fn failover(client: &Client, out: &Out, command: FailoverCommand) -> Result<()> {
     match command {
-        FailoverCommand::Run { group, machine, force, yes_production_is_off, no_start } => {
+        FailoverCommand::Run { group, machine, force, yes, yes_production_is_off, no_start } => {
             let mut request = recovery_request(&machine, false);
             request.force = force;
             request.no_start = no_start;
@@ -421,8 +435,18 @@ async fn failover(client: &Client, out: &Out, command: FailoverCommand) -> Resul
                          would be the worst of all:\nmake sure that the production server is off."
                     ),
                     &group,
+                    "--yes-production-is-off",
                 )?;
                 request.production_is_off = true;
+            } else if status.role == "secondary" && !yes && !yes_production_is_off {
+                confirm(
+                    &format!(
+                        "Production of group {group} will be stopped, and goes on at this node. \
+                         (To try it without that: srn failover test {group})"
+                    ),
+                    &group,
+                    "--yes",
+                )?;
             }
             start(client, out, &group, request).await
         }

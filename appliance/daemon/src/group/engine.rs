@@ -122,8 +122,12 @@ struct Queue {
     ops: VecDeque<Op>,
     ops_bytes: usize,
     frames: VecDeque<(Arc<Frame>, u64)>,
+    /// How often the frames that wait were dropped.
+    dropped: u64,
     /// Set when operations are refused.
     closed: Option<Closed>,
+    /// The last operation was handed over, and why; what waits before it is still done.
+    ended: Option<Closed>,
     /// The thread shall end and give back the appender.
     stop: bool,
     /// The segment being written shall be closed.
@@ -187,7 +191,9 @@ impl Engine {
                 ops: VecDeque::new(),
                 ops_bytes: 0,
                 frames: VecDeque::new(),
+                dropped: 0,
                 closed: None,
+                ended: None,
                 stop: false,
                 close_segment: Vec::new(),
                 idle: false,
@@ -217,10 +223,29 @@ impl Engine {
         self.shared.lock()
     }
 
+    /// Appends changes behind everything that was handed over before, and refuses whatever comes
+    /// after them, until [`Engine::reopen`]. Waits until they are durable.
+    ///
+    /// # Errors
+    /// [`Closed`] when nothing is appended any more.
+    pub async fn append_last(&self, changes: Vec<Change>, why: &str) -> Result<Position, Closed> {
+        let (done, told) = oneshot::channel();
+        {
+            let mut queue = self.lock();
+            if let Some(closed) = queue.refuses() {
+                return Err(closed.clone());
+            }
+            queue.ops.push_back(Op { client: None, changes, bytes: 0, done: Done::Task(done) });
+            queue.ended = Some(Closed(why.to_owned()));
+            self.shared.wake_if_idle(queue);
+        }
+        told.await.unwrap_or_else(|_| Err(Closed("the log was closed".into())))
+    }
+
     /// Hands over an operation. [`Engine::gathered`] must follow, once for any number of them.
     pub fn submit(&self, op: Op) {
         let mut queue = self.lock();
-        if let Some(closed) = queue.closed.clone() {
+        if let Some(closed) = queue.refuses().cloned() {
             drop(queue);
             return refuse(op.done, &closed);
         }
@@ -276,7 +301,11 @@ impl Engine {
 
     /// Drops the peer's frames that are not appended yet: they will come again.
     pub async fn drop_frames(&self) {
-        self.lock().frames.clear();
+        {
+            let mut queue = self.lock();
+            queue.frames.clear();
+            queue.dropped += 1;
+        }
         self.settled().await;
     }
 
@@ -297,13 +326,15 @@ impl Engine {
 
     /// Refuses nothing any more.
     pub fn reopen(&self) {
-        self.lock().closed = None;
+        let mut queue = self.lock();
+        queue.closed = None;
+        queue.ended = None;
     }
 
     /// Why operations are refused.
     #[must_use]
     pub fn closed(&self) -> Option<String> {
-        self.lock().closed.as_ref().map(|closed| closed.0.clone())
+        self.lock().refuses().map(|closed| closed.0.clone())
     }
 
     /// Bytes of content that wait.
@@ -400,6 +431,11 @@ impl Queue {
             && self.close_segment.is_empty()
     }
 
+    /// Why nothing more is taken.
+    fn refuses(&self) -> Option<&Closed> {
+        self.closed.as_ref().or(self.ended.as_ref())
+    }
+
     fn has_work(&self) -> bool {
         self.stop
             || !self.ops.is_empty()
@@ -439,7 +475,8 @@ struct Worker {
 /// What to do next.
 enum Work {
     Ops(Vec<Op>),
-    Frames(Vec<(Arc<Frame>, u64)>),
+    /// Frames, and how often the peer's had been dropped when they were taken.
+    Frames(Vec<(Arc<Frame>, u64)>, u64),
     CloseSegment(Vec<oneshot::Sender<()>>),
     /// Nothing for a while.
     Idle,
@@ -469,7 +506,7 @@ impl Shared {
                         replies.send();
                     }
                 }
-                Work::Frames(frames) => worker.commit_frames(self, frames),
+                Work::Frames(frames, dropped) => worker.commit_frames(self, frames, dropped),
                 Work::CloseSegment(asked) => {
                     worker.appender.close_segment();
                     for done in asked {
@@ -533,7 +570,8 @@ impl Shared {
                 if !wait_for_room && !queue.frames.is_empty() {
                     queue.committing = true;
                     let count = queue.frames.len().min(COMMIT_FRAMES_MAX);
-                    return Work::Frames(queue.frames.drain(..count).collect());
+                    let frames = queue.frames.drain(..count).collect();
+                    return Work::Frames(frames, queue.dropped);
                 }
             }
             let unproven = queue.unproven.filter(|_| !queue.full && queue.closed.is_none());
@@ -570,12 +608,15 @@ impl Shared {
     }
 
     /// Puts back what found no room, in front, and tells who waits for the commit to end.
-    fn commit_over(&self, ops: VecDeque<Op>, frames: VecDeque<(Arc<Frame>, u64)>) {
+    fn commit_over(&self, ops: VecDeque<Op>, frames: VecDeque<(Arc<Frame>, u64)>, dropped: u64) {
         let refused = {
             let mut queue = self.lock();
             queue.committing = false;
-            for frame in frames.into_iter().rev() {
-                queue.frames.push_front(frame);
+            // Those of a stream that was given up meanwhile come again in the next one.
+            if queue.dropped == dropped {
+                for frame in frames.into_iter().rev() {
+                    queue.frames.push_front(frame);
+                }
             }
             match queue.closed.clone() {
                 // Closed meanwhile: nobody will come back for them.
@@ -620,7 +661,7 @@ impl Shared {
                 }
             }
         }
-        self.commit_over(VecDeque::new(), VecDeque::new());
+        self.commit_over(VecDeque::new(), VecDeque::new(), 0);
         self.watcher.failed(error);
     }
 }
@@ -676,10 +717,10 @@ impl Worker {
         }
         // Before anybody else looks at what is left.
         shared.set_full(why.as_deref());
-        shared.commit_over(left, VecDeque::new());
+        shared.commit_over(left, VecDeque::new(), 0);
     }
 
-    fn commit_frames(&mut self, shared: &Shared, frames: Vec<(Arc<Frame>, u64)>) {
+    fn commit_frames(&mut self, shared: &Shared, frames: Vec<(Arc<Frame>, u64)>, dropped: u64) {
         let only: Vec<Arc<Frame>> = frames.iter().map(|(frame, _)| frame.clone()).collect();
         let (done, why) = match self.appender.commit_frames(&only) {
             Ok(Committed { frames, full, .. }) => (frames, full),
@@ -687,7 +728,7 @@ impl Worker {
             Err(error @ StoreError::NotNext { .. }) => {
                 // Frames of a stream that was given up: the next one begins where it has to.
                 log::debug!("dropping frames: {error}");
-                return shared.commit_over(VecDeque::new(), VecDeque::new());
+                return shared.commit_over(VecDeque::new(), VecDeque::new(), 0);
             }
             Err(error) => return shared.fail(&error, std::iter::empty()),
         };
@@ -699,7 +740,7 @@ impl Worker {
             shared.watcher.received(head, bytes);
         }
         shared.set_full(why.as_deref());
-        shared.commit_over(VecDeque::new(), left);
+        shared.commit_over(VecDeque::new(), left, dropped);
     }
 
     /// Says in the log that everything before was durable.
@@ -709,9 +750,9 @@ impl Worker {
             Ok(done) => {
                 shared.head.send_replace(done.head);
                 shared.watcher.committed(done.head, 0);
-                shared.commit_over(VecDeque::new(), VecDeque::new());
+                shared.commit_over(VecDeque::new(), VecDeque::new(), 0);
             }
-            Err(StoreError::Full(_)) => shared.commit_over(VecDeque::new(), VecDeque::new()),
+            Err(StoreError::Full(_)) => shared.commit_over(VecDeque::new(), VecDeque::new(), 0),
             Err(error) => shared.fail(&error, std::iter::empty()),
         }
     }

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use bytes::Bytes;
 use srn_core::epoch::{EpochTable, Position};
 use srn_core::ids::{CheckpointId, Seq};
-use srn_core::receiver::{Answer, Receiver};
+use srn_core::receiver::{Answer, PeerFault, Receiver};
 use srn_core::state::Cause;
 use srn_core::time::Mono;
 use srn_core::wire::{Accept, Message, Offer, Progress, RefuseCode, StreamHeader};
@@ -172,6 +172,10 @@ impl Group {
             ));
         }
         let facts = self.facts();
+        if facts.taking_over {
+            let text = format!("group {name} is failing over at the recovery node");
+            return Some((RefuseCode::Paused, text));
+        }
         facts.failure.as_ref().map(|(_, text)| {
             let text = format!("the recovery node cannot store group {name}: {text}");
             (RefuseCode::Storage, text)
@@ -346,6 +350,9 @@ impl TakeIn {
             // The session's end is told by the session.
             Err(error) => log::debug!("group {}: receiving: {error}", self.group.name()),
         }
+        // It must not look as if it went on.
+        lock(&self.receiver).on_link_down();
+        self.group.review();
     }
 
     async fn take_in(&self, mut reader: FrameReader) -> Result<(), LinkError> {
@@ -360,9 +367,13 @@ impl TakeIn {
             // Nothing is acknowledged that was not verified, byte by byte.
             frame.verify(&mut codecs).map_err(|error| misbehaved(&error))?;
             let hash = frame.position().hash;
-            lock(&self.receiver)
-                .on_frame(frame.header(), hash, wire)
-                .map_err(|fault| misbehaved(&fault))?;
+            let taken = lock(&self.receiver).on_frame(frame.header(), hash, wire);
+            match taken {
+                Ok(()) => {}
+                // The stream was ended here while this frame was looked at.
+                Err(PeerFault::UnexpectedStream) => return Ok(()),
+                Err(fault) => return Err(misbehaved(&fault)),
+            }
             self.group.counters.wire_received.fetch_add(wire, Ordering::Relaxed);
             self.group.engine().take_frame(Arc::new(frame), wire);
         }

@@ -1,48 +1,33 @@
-//! The primary's side of the link for one group: drives the sender machine, feeds its stream.
+//! The primary's side of the link for one group: drives the sender machine with what the peer says.
 //!
 //! Two tasks share the machine: messages are taken as they come, in the session's own task, and
-//! never wait; frames are sent by a task that waits for the link, for new frames and for credit.
+//! never wait; frames are sent by the pump, which waits for the link, for new frames, for credit.
 
-use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use bytes::Bytes;
 use srn_core::epoch::Position;
-use srn_core::ids::{FrameHash, Seq};
-use srn_core::sender::{PeerFault, Phase, Sender, Stop, Stream};
+use srn_core::frame::MarkKind;
+use srn_core::ids::{CheckpointId, FrameHash, Seq};
+use srn_core::sender::{PeerFault, Phase, Sender, Stop};
 use srn_core::state::{Cause, Link};
 use srn_core::time::Mono;
-use srn_core::wire::{
-    Accept, Message, Offer, OfferedDisk, Progress, Refuse, RefuseCode, StreamHeader,
-};
-use srn_link::{FrameWriter, LinkError, Session};
-use srn_store::codec::{Codecs, Effort};
-use srn_store::frame::Frame;
-use srn_store::group::Cursor;
+use srn_core::wire::{Accept, Message, Offer, OfferedDisk, Progress, Refuse, RefuseCode};
+use srn_link::Session;
+use srn_store::group::{Change, OwnedRecord};
 use srn_store::manifest::Fence;
 use tokio::sync::Notify;
-use tokio::task::JoinHandle;
 use tokio_util::task::AbortOnDropHandle;
 
-use super::effort::EffortControl;
+use super::lag::Lag;
+use super::pump::Pump;
 use super::{Group, Side};
 use crate::clock;
 use crate::error::Result;
+use crate::fleet::Level;
 
-/// Frames read and encoded in one go, in bytes of content.
-const BATCH_BYTES: usize = 1 << 20;
-
-/// While small frames come one after the other they are gathered for this long: sending, receiving
-/// and committing each by itself costs both nodes more than all the rest. A frame that comes after
-/// a pause goes at once.
-const GATHER: Duration = Duration::from_millis(2);
-
-/// With this many frames waiting there is nothing to gain by gathering more.
-const GATHERED: u64 = 16;
-
-/// Frames below this size are encoded where they are: handing them over would take longer.
-const INLINE_BYTES: usize = 64 * 1024;
+/// How long a planned failover waits for what clients have asked for before.
+const DRAIN_PATIENCE: Duration = Duration::from_secs(45);
 
 /// The time after which a group that the peer could not store is offered again, in microseconds.
 const OFFER_AGAIN_US: u64 = 5_000_000;
@@ -110,7 +95,7 @@ impl Outgoing {
     }
 }
 
-fn lock(sender: &Mutex<Sender>) -> MutexGuard<'_, Sender> {
+pub(super) fn lock(sender: &Mutex<Sender>) -> MutexGuard<'_, Sender> {
     sender.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -184,10 +169,7 @@ impl Group {
         let (store, seq) = (self.store.clone(), accept.position.seq);
         let hash = match self.blocking(move || store.hash_at(seq)).await {
             Ok(hash) => hash,
-            Err(error) => {
-                log::error!("group {}: looking up frame {seq}: {error}", self.name());
-                None
-            }
+            Err(error) => return self.cannot_send(&format!("looking up frame {seq}: {error}")),
         };
         // The peer has not taken over: whoever waited for that may go on.
         self.peer_has_not_taken_over().await;
@@ -226,8 +208,7 @@ impl Group {
         drop(sender);
         match phase {
             Phase::Streaming(stream) => {
-                self.store.set_acked(acked);
-                self.lag().acknowledged(acked);
+                self.peer_holds(acked);
                 log::info!(
                     "group {}: sending from frame {} of {head} on",
                     self.name(),
@@ -250,9 +231,39 @@ impl Group {
         Ok(())
     }
 
+    /// The peer begins with everything up to `acked`. Where it had acknowledged more, that is lost
+    /// there, and at risk again here.
+    fn peer_holds(&self, acked: Seq) {
+        let before = self.store.acked();
+        if acked >= before {
+            self.store.set_acked(acked);
+            return self.lag().acknowledged(acked);
+        }
+        let text = format!(
+            "the peer holds frames up to {acked} and had acknowledged {before}: it was deleted or \
+             set back; what is missing there is sent again"
+        );
+        self.context.event(Level::Alert, Some(&self.name()), &text);
+        self.store.set_back_acked(acked);
+        let (head, bytes) = (self.store.head().seq, self.store.unacked_bytes());
+        let mut lag = self.lag();
+        *lag = Lag::default();
+        lag.inherited(head, bytes, clock::mono());
+    }
+
+    /// The log cannot be read for the peer. That is this group's trouble, and not that of others
+    /// in the same session.
+    pub(super) fn cannot_send(&self, why: &str) {
+        let text = format!("the log cannot be read for the peer: {why}");
+        self.context.event(Level::Alert, Some(&self.name()), &text);
+        self.facts().failure = Some((Cause::Corrupt, text));
+        self.review();
+    }
+
     /// A primary that was drained, or that waited for the peer's word, goes on.
     async fn peer_has_not_taken_over(self: &Arc<Self>) {
         let waited = std::mem::take(&mut self.facts().waiting_for_peer);
+        let held = self.fencing.lock().await;
         let handover = self.fence().is_some_and(|fence| fence.cause == Cause::Handover);
         if handover {
             let store = self.store.clone();
@@ -261,11 +272,12 @@ impl Group {
                     self.facts().draining = false;
                     self.engine().reopen();
                     let text = "the peer did not take over: this node goes on as primary";
-                    self.context.event(crate::fleet::Level::Info, Some(&self.name()), text);
+                    self.context.event(Level::Info, Some(&self.name()), text);
                 }
                 Err(error) => log::error!("group {}: lifting the fence: {error}", self.name()),
             }
         }
+        drop(held);
         if waited || handover {
             self.changed.notify_waiters();
         }
@@ -360,33 +372,46 @@ impl Group {
         }
         self.facts().draining = true;
         let text = "draining for a planned failover: no more writes are taken";
-        self.context.event(crate::fleet::Level::Warning, Some(&name), text);
+        self.context.event(Level::Warning, Some(&name), text);
         self.changed.notify_waiters();
-        // Clients are gone once their exports are; what they asked for before is appended first.
-        let marked = self.append_final().await;
+        // What was asked for before is appended first; what comes after is refused.
+        let marked = tokio::time::timeout(DRAIN_PATIENCE, self.append_final()).await;
+        let here = self.session().is_some_and(|current| current.number() == session.number());
         let last = match marked {
-            Ok(last) => last,
-            Err(error) => {
-                log::error!("group {name}: the final mark failed: {error}");
-                self.facts().draining = false;
-                return;
+            Ok(Ok(last)) if here => last,
+            marked => {
+                let why = match marked {
+                    Ok(Ok(_)) => "the peer that asked for it is gone".to_owned(),
+                    Ok(Err(error)) => error.to_string(),
+                    Err(_) => "what waits cannot be appended in time".to_owned(),
+                };
+                log::warn!("group {name}: draining failed, production goes on: {why}");
+                return self.goes_on_as_primary();
             }
         };
         let fence = Fence { cause: Cause::Handover, epochs: None, since: clock::wall() };
         if let Err(error) = self.fence_off(fence).await {
             log::error!("group {name}: writing down the fence: {error}");
-            return;
+            return self.goes_on_as_primary();
         }
         // The stream goes on: the peer takes over when it has the last frame.
         let _ = session.send(&Message::Drained { group: self.id, last }).await;
     }
 
+    /// Nobody takes over: clients are served again.
+    fn goes_on_as_primary(&self) {
+        self.facts().draining = false;
+        self.engine().reopen();
+        self.changed.notify_waiters();
+        self.review();
+    }
+
+    /// Appends the mark behind which nothing comes.
     async fn append_final(&self) -> Result<Position> {
-        use srn_core::frame::MarkKind;
-        use srn_core::ids::CheckpointId;
-        use srn_store::group::OwnedRecord;
         let mark = OwnedRecord::Mark(CheckpointId(clock::random()), MarkKind::Final);
-        self.append(vec![mark]).await
+        let why = "drained for a planned failover";
+        let appended = self.engine().append_last(vec![Change::Record(mark)], why).await;
+        appended.map_err(|closed| crate::error::Failure::refused(closed.to_string()))
     }
 
     /// Tells the peer how far this node is, if there is anybody to tell.
@@ -430,217 +455,5 @@ impl Group {
                 return;
             }
         }
-    }
-}
-
-/// Sends frames.
-struct Pump {
-    group: Arc<Group>,
-    session: Session,
-    sender: Arc<Mutex<Sender>>,
-    wake: Arc<Notify>,
-}
-
-/// Frames ready to be sent.
-type Batch = Vec<Arc<Frame>>;
-
-impl Pump {
-    async fn run(self, stream: Stream) {
-        let name = self.group.name();
-        match self.send_all(stream).await {
-            Ok(()) => {}
-            // The session's end is told by the session.
-            Err(PumpError::Link(error)) => log::debug!("group {name}: sending: {error}"),
-            Err(PumpError::Store(error)) => {
-                log::error!("group {name}: reading the log for the peer: {error}");
-                self.session.close("the log cannot be read").await;
-            }
-        }
-    }
-
-    async fn send_all(&self, stream: Stream) -> std::result::Result<(), PumpError> {
-        let header = StreamHeader { group: self.group.id, nonce: stream.nonce, first: stream.next };
-        let mut writer = self.session.open_frames(&header).await?;
-        let mut log = Log::Here(Box::new(Reader {
-            cursor: self.group.store.cursor(stream.next),
-            codecs: Codecs::new(),
-        }));
-        let mut control = EffortControl::default();
-        let again = self.group.counters.highest_sent.load(Ordering::Relaxed);
-        let mut sent_at: Option<Instant> = None;
-        loop {
-            let waiting = Instant::now();
-            if self.until_granted().await {
-                self.gather(sent_at).await;
-                control.idle(micros(waiting));
-            }
-            let began = Instant::now();
-            let (batch, back) = self.next_batch(log, control.effort()).await?;
-            log = back;
-            let mut content = 0;
-            for frame in batch {
-                self.until_granted().await;
-                content += self.send(&mut writer, &frame, again).await?;
-            }
-            control.sent(content, micros(began));
-            sent_at = Some(Instant::now());
-        }
-    }
-
-    /// Waits for company, if there was something to send just before and there is little now.
-    async fn gather(&self, sent_at: Option<Instant>) {
-        let waiting = {
-            let sender = lock(&self.sender);
-            let next = sender.next_to_send().unwrap_or_else(|| sender.durable());
-            sender.durable().0.saturating_sub(next.0)
-        };
-        if let Some(sent_at) = sent_at
-            && waiting < GATHERED
-            && let Some(rest) = GATHER.checked_sub(sent_at.elapsed())
-        {
-            tokio::time::sleep(rest).await;
-        }
-    }
-
-    /// Waits until the machine names a frame to send. Returns whether that took time.
-    async fn until_granted(&self) -> bool {
-        let mut waited = false;
-        while lock(&self.sender).next_to_send().is_none() {
-            self.wake.notified().await;
-            waited = true;
-        }
-        waited
-    }
-
-    /// Reads the next frames and encodes them. Small ones that are in memory are done here, the
-    /// rest where waiting for a disk or computing disturbs nobody; of those that are read from the
-    /// disk, the following ones are read while these are sent.
-    async fn next_batch(
-        &self,
-        log: Log,
-        effort: Effort,
-    ) -> std::result::Result<(Batch, Log), PumpError> {
-        let read = match log {
-            Log::Here(mut reader) => {
-                if let Some(frame) = reader.cursor.next_recent() {
-                    return self.encode(frame, reader, effort).await;
-                }
-                self.read_ahead(reader, effort)
-            }
-            Log::Away(read) => read,
-        };
-        let lost = |_| PumpError::Store("a reader was lost".into());
-        let (mut reader, result) = read.await.map_err(lost)?;
-        let mut batch = result.map_err(|error| PumpError::Store(error.to_string()))?;
-        // In memory again: caught up.
-        if let Some(frame) = reader.cursor.next_recent() {
-            batch.push(frame);
-            return Ok((batch, Log::Here(reader)));
-        }
-        let more = reader.cursor.position() <= lock(&self.sender).durable();
-        let log = if more { Log::Away(self.read_ahead(reader, effort)) } else { Log::Here(reader) };
-        Ok((batch, log))
-    }
-
-    /// Encodes a frame that is in memory.
-    async fn encode(
-        &self,
-        frame: Arc<Frame>,
-        mut reader: Box<Reader>,
-        effort: Effort,
-    ) -> std::result::Result<(Batch, Log), PumpError> {
-        let pool = self.group.context.store().pool.clone();
-        if effort == Effort::None || frame.memory() <= INLINE_BYTES {
-            let batch = vec![frame.encoded(effort, &mut reader.codecs, &pool)];
-            return Ok((batch, Log::Here(reader)));
-        }
-        let encoded = tokio::task::spawn_blocking(move || {
-            (vec![frame.encoded(effort, &mut reader.codecs, &pool)], Log::Here(reader))
-        });
-        encoded.await.map_err(|_| PumpError::Store("an encoder was lost".into()))
-    }
-
-    fn read_ahead(&self, mut reader: Box<Reader>, effort: Effort) -> JoinHandle<Read> {
-        let limit = lock(&self.sender).durable();
-        let pool = self.group.context.store().pool.clone();
-        tokio::task::spawn_blocking(move || {
-            let result = reader.read_batch(effort, limit, &pool);
-            (reader, result)
-        })
-    }
-
-    async fn send(
-        &self,
-        writer: &mut FrameWriter,
-        frame: &Frame,
-        again: u64,
-    ) -> std::result::Result<u64, PumpError> {
-        let envelope = frame.envelope();
-        let mut parts = Vec::with_capacity(2 + frame.content().len());
-        parts.push(Bytes::copy_from_slice(&envelope.encode(frame.table())));
-        parts.push(frame.front().clone());
-        parts.extend(frame.content().iter().cloned());
-        let wire = envelope.wire_len() as u64;
-        let seq = frame.header().seq;
-        // Before it leaves: its acknowledgement may be here before the write returns.
-        lock(&self.sender).on_sent(seq, wire);
-        writer.write(&mut parts).await?;
-        let counters = &self.group.counters;
-        let content = u64::from(frame.header().content_len);
-        counters.content_sent.fetch_add(content, Ordering::Relaxed);
-        counters.wire_sent.fetch_add(wire, Ordering::Relaxed);
-        if seq.0 <= again {
-            counters.frames_sent_again.fetch_add(1, Ordering::Relaxed);
-        }
-        counters.highest_sent.fetch_max(seq.0, Ordering::Relaxed);
-        Ok(content)
-    }
-}
-
-/// Reads frames of the log, and encodes them.
-struct Reader {
-    cursor: Cursor,
-    codecs: Codecs,
-}
-
-/// What has been read, and the reader back.
-type Read = (Box<Reader>, srn_store::Result<Batch>);
-
-/// The reader, or that it is reading.
-enum Log {
-    Here(Box<Reader>),
-    Away(JoinHandle<Read>),
-}
-
-impl Reader {
-    fn read_batch(
-        &mut self,
-        effort: Effort,
-        limit: Seq,
-        pool: &srn_store::io::BufPool,
-    ) -> srn_store::Result<Batch> {
-        let mut batch = Vec::new();
-        let mut bytes = 0;
-        while bytes < BATCH_BYTES && self.cursor.position() <= limit {
-            let Some(frame) = self.cursor.next()? else { break };
-            bytes += frame.memory();
-            batch.push(frame.encoded(effort, &mut self.codecs, pool));
-        }
-        Ok(batch)
-    }
-}
-
-fn micros(since: Instant) -> u64 {
-    u64::try_from(since.elapsed().as_micros()).unwrap_or(u64::MAX)
-}
-
-enum PumpError {
-    Link(LinkError),
-    Store(String),
-}
-
-impl From<LinkError> for PumpError {
-    fn from(error: LinkError) -> Self {
-        Self::Link(error)
     }
 }

@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 use srn_core::limits::SECTOR;
+use srn_core::state::Content;
 use srn_nbd::proto::{ExportInfo, ExportSummary, OpenError};
 use srn_nbd::server::{Backend, ClientInfo, Export};
 use srn_store::group::View;
@@ -188,6 +189,15 @@ impl Exports {
             _ => OpenError::Unavailable(error.message),
         };
         group.check_writable().map_err(unavailable)?;
+        let filling = matches!(source, Source::Served)
+            && group.catalog().disks.get(&disk).is_some_and(|disk| disk.content != Content::Clean);
+        if filling {
+            return Err(OpenError::Policy(format!(
+                "disk {name} is still being filled: what is written now would be lost; see \
+                 srn group show {}",
+                group.name()
+            )));
+        }
         let slot = group.slots.take(name, client)?;
         let engine = group.engine();
         // Writes of a client that vanished are in the log or gone before a new one is answered.

@@ -486,7 +486,8 @@ impl Node {
         }
         if self.groups().iter().any(|group| group.name() == offer.name.as_str()) {
             let text = format!(
-                "the recovery node has another group named {}; give this one another name",
+                "the recovery node has another group named {}; delete that there, or make this one \
+                 anew under another name",
                 offer.name
             );
             return Err((RefuseCode::NameTaken, text));
@@ -556,7 +557,7 @@ impl Node {
             .collect();
         if !groups.is_empty() {
             return Err(Failure::conflict(format!(
-                "peer {name} replicates {}; delete the group first, or give it another peer",
+                "peer {name} replicates {}; delete that first with srn group delete",
                 groups.join(", ")
             )));
         }

@@ -9,12 +9,12 @@ use srn_core::limits::SECTOR;
 use srn_store::group::View;
 use srn_targets::qemu::accel;
 use srn_targets::qemu::firmware::{self, Firmware};
-use srn_targets::qemu::host::Host;
+use srn_targets::qemu::host::{Host, Missing};
 use srn_targets::qemu::machine::{Accelerator, Bus, Disk, MachineSpec};
-use srn_targets::qemu::network::{Network, Nic};
+use srn_targets::qemu::network::{Mac, Network, Nic};
 
+use super::Recoveries;
 use super::start::RecoveryRequest;
-use super::{Recoveries, Recovery};
 use crate::config::Acceleration;
 use crate::error::{Failure, Kind, Result};
 use crate::group::Group;
@@ -24,6 +24,40 @@ use crate::node::backend::Extra;
 
 /// How long KVM is given to prove itself.
 const KVM_PATIENCE: Duration = Duration::from_secs(5);
+
+/// A machine that can be started, but for the names of its disks.
+pub(super) struct Plan {
+    spec: MachineSpec,
+    bus: Bus,
+    sector_bytes: u32,
+    /// Its firmware, and why.
+    pub(super) firmware: String,
+}
+
+impl Plan {
+    /// The machine with these exports of the node as its disks.
+    pub(super) fn with_disks(&self, node: &Node, exports: &[String]) -> MachineSpec {
+        let disk = |export: &String| Disk {
+            bus: self.bus,
+            sector_bytes: self.sector_bytes,
+            ..Disk::new(node.nbd_socket(), export)
+        };
+        MachineSpec { disks: exports.iter().map(disk).collect(), ..self.spec.clone() }
+    }
+}
+
+/// The name of a recovered disk's export.
+fn export_of(recovery: &str, disk: &str) -> String {
+    format!("recovery/{recovery}/{disk}")
+}
+
+/// The hardware address of recovered server `id` of a group: the same whenever it is started, and
+/// another for each, so that they can share a bridge.
+fn mac_of(group: &Group, id: &str) -> Option<Mac> {
+    let [a, b, c, ..] = group.id().0;
+    let fold = id.bytes().fold(0_u8, |sum, byte| sum.wrapping_mul(31).wrapping_add(byte));
+    format!("52:54:00:{a:02x}:{b:02x}:{:02x}", c ^ fold).parse().ok()
+}
 
 impl Recoveries {
     /// Serves the disks of a recovery; returns their exports' names, in order of disk number.
@@ -44,7 +78,7 @@ impl Recoveries {
         let view = Arc::new(view);
         let mut names = Vec::new();
         for (no, disk) in &view.catalog().disks {
-            let name = format!("recovery/{id}/{}", disk.name);
+            let name = export_of(id, &disk.name);
             node.exports().publish(
                 name.clone(),
                 Extra::Recovery {
@@ -80,15 +114,24 @@ impl Recoveries {
         verdict.accelerator()
     }
 
-    /// The machine for a recovery, and why it has its firmware.
-    pub(super) async fn spec(
+    /// The machine for recovery `id` of a group whose disks are as in `view`. It is made before
+    /// anything is done: what is wrong with the request, the host or the disks is said while
+    /// production still runs.
+    ///
+    /// # Errors
+    /// All of that.
+    pub(super) async fn plan(
         &self,
         node: &Arc<Node>,
-        recovery: &Recovery,
+        group: &Group,
+        id: &str,
         request: &RecoveryRequest,
-        view: Arc<View>,
+        view: View,
         host: &Host,
-    ) -> Result<(MachineSpec, String)> {
+    ) -> Result<Plan> {
+        let catalog = view.catalog();
+        let names = catalog.disks.values().map(|disk| export_of(id, &disk.name));
+        let exports: Vec<String> = names.collect();
         let (firmware, sector_bytes, reason) = match request.firmware.as_deref() {
             Some("bios") => (Firmware::Bios, 512, "asked for".to_owned()),
             Some("uefi") => (Firmware::Uefi, 512, "asked for".to_owned()),
@@ -104,23 +147,18 @@ impl Recoveries {
             }
         };
         let bus = bus_of(request.bus.as_deref().unwrap_or("virtio"))?;
-        let disks = recovery
-            .exports
-            .iter()
-            .map(|export| Disk { bus, sector_bytes, ..Disk::new(node.nbd_socket(), export) })
-            .collect();
         let nics = match &request.network {
             None => Vec::new(),
             Some(network) => {
                 let network: Network =
                     network.parse().map_err(|error| Failure::invalid(format!("{error}")))?;
-                vec![Nic { network, model: Default::default(), mac: None }]
+                vec![Nic { network, model: Default::default(), mac: mac_of(group, id) }]
             }
         };
         let config = self.context.config();
         let memory = request.memory_bytes.unwrap_or(config.recovery_memory);
         let spec = MachineSpec {
-            name: recovery.record.id.clone(),
+            name: id.to_owned(),
             vcpus: u16::try_from(request.cpus.unwrap_or(config.recovery_cpus))
                 .map_err(|_| Failure::invalid("a machine has 1 to 255 virtual CPUs"))?,
             memory_mib: u32::try_from(memory >> 20)
@@ -133,7 +171,7 @@ impl Recoveries {
                 Default::default()
             },
             cpu: None,
-            disks,
+            disks: Vec::new(),
             nics,
             clock: Default::default(),
             uuid: None,
@@ -141,7 +179,15 @@ impl Recoveries {
             video: true,
             sandbox: true,
         };
-        Ok((spec, format!("{firmware}: {reason}")))
+        let plan = Plan { spec, bus, sector_bytes, firmware: format!("{firmware}: {reason}") };
+        let missing = |error: Missing| Failure::new(Kind::Missing, error.to_string());
+        let code = match firmware {
+            Firmware::Bios => None,
+            Firmware::Uefi => Some(host.ovmf().map_err(missing)?.code.as_path()),
+        };
+        let arguments = plan.with_disks(node, &exports).arguments(code);
+        arguments.map_err(|error| Failure::invalid(error.to_string()))?;
+        Ok(plan)
     }
 }
 

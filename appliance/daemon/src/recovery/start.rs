@@ -8,8 +8,9 @@ use srn_core::ids::{EpochId, Seq};
 use srn_store::manifest::{Keep, Role};
 use srn_targets::qemu::host::Host;
 use srn_targets::qemu::probe::{self, Sign};
-use srn_targets::qemu::run::Machine;
+use srn_targets::qemu::run::{Machine, RunError};
 
+use super::machine::Plan;
 use super::{Phase, Progress, Recoveries, Recovery, RecoveryStatus, start_clone_engine, watch_end};
 use crate::clock;
 use crate::error::{Failure, Kind, Result};
@@ -91,12 +92,18 @@ impl Recoveries {
         let folder = self.context.config().run_dir.join("machines");
         std::fs::create_dir_all(&folder)
             .map_err(|error| Failure::internal(format!("making {}: {error}", folder.display())))?;
+        let id = self.free_id(group, request.test);
+        let plan = if request.no_start {
+            None
+        } else {
+            let view = self.view_of(group, &request)?;
+            Some(self.plan(node, group, &id, &request, view, &host).await?)
+        };
         let (point, epoch, clone) = if request.test {
             self.clone_point(group, &request).await?
         } else {
-            (self.take_over(node, group, &request).await?, group.store().epochs().current(), None)
+            (self.take_over(group, &request).await?, group.store().epochs().current(), None)
         };
-        let id = self.free_id(group, request.test);
         let record = RecoveryRecord {
             id: id.clone(),
             group: group.id().to_string(),
@@ -109,10 +116,6 @@ impl Recoveries {
         };
         self.context.fleet().put_recovery(&record)?;
         let exports = self.publish(node, group, &id, clone.as_ref())?;
-        let view = Arc::new(match &clone {
-            Some(_) => group.store().view_head_of(epoch)?,
-            None => group.store().view_head()?,
-        });
         let recovery = Arc::new(Recovery {
             record,
             group: group.clone(),
@@ -131,20 +134,42 @@ impl Recoveries {
             machine: tokio::sync::Mutex::default(),
         });
         self.lock().insert(id, recovery.clone());
-        if request.no_start {
+        let Some(plan) = plan else {
             recovery.progress().phase = Phase::Served;
             return Ok(recovery.status());
-        }
-        let started = self.run_machine(node, &recovery, &request, view, &host).await;
+        };
+        let started = self.run_machine(node, &recovery, &request, plan, &host).await;
         if let Err(error) = started {
             recovery.failed(&error);
             if request.test {
                 // Nothing half-made stays behind.
                 let _ = self.stop(node, &recovery.record.id, Duration::ZERO).await;
+                return Err(error);
             }
-            return Err(error);
+            let text = format!(
+                "{error}; group {} has failed over: mend that, then srn failover stop {}, and \
+                 srn failover run {0} again",
+                group.name(),
+                recovery.record.id
+            );
+            return Err(Failure::new(error.kind, text));
         }
         Ok(recovery.status())
+    }
+
+    /// The disks as they will be, as far as that can be known before anything is done.
+    fn view_of(
+        &self,
+        group: &Arc<Group>,
+        request: &RecoveryRequest,
+    ) -> Result<srn_store::group::View> {
+        let goes_on = group.role() == Role::Primary && !request.test;
+        let view = if goes_on {
+            group.store().view_head()
+        } else {
+            group.store().view_at(choose(group, &request.at)?.seq)
+        };
+        view.map_err(Failure::from)
     }
 
     fn free_id(&self, group: &Group, test: bool) -> String {
@@ -180,12 +205,7 @@ impl Recoveries {
     }
 
     /// Makes this node the primary from the chosen point on.
-    async fn take_over(
-        &self,
-        node: &Arc<Node>,
-        group: &Arc<Group>,
-        request: &RecoveryRequest,
-    ) -> Result<Point> {
+    async fn take_over(&self, group: &Arc<Group>, request: &RecoveryRequest) -> Result<Point> {
         let name = group.name();
         if group.role() == Role::Primary {
             // Failed over before: the server is started again from where it stopped.
@@ -196,6 +216,14 @@ impl Recoveries {
                      srn failover stop {}",
                     running.join(", "),
                     running.join(" ")
+                )));
+            }
+            if request.at != "latest" {
+                return Err(Failure::refused(format!(
+                    "group {name} has failed over already and goes on from where it stopped; try \
+                     {at} with srn failover test {name} --at {at}, or write its disks to files \
+                     with srn export {name} DISK --at {at} --raw FILE",
+                    at = request.at
                 )));
             }
             let head = group.store().head().seq;
@@ -216,24 +244,22 @@ impl Recoveries {
             )));
         }
         // Before anything is changed: is there such a point at all?
-        let point = choose(group, &request.at)?;
+        choose(group, &request.at)?;
         let point = if planned {
             let drained = group.drain_primary(DRAIN_PATIENCE).await;
-            let last = match drained {
-                Ok(last) => last,
+            if let Err(error) = drained {
+                return Err(let_go_on(group, error).await);
+            }
+            // What came in meanwhile counts, and whether a resync was under way at the end.
+            match choose(group, &request.at) {
+                Ok(point) => point,
                 Err(error) => return Err(let_go_on(group, error).await),
-            };
-            if request.at == "latest" {
-                Point { seq: last.seq, words: format!("frame {}, the last one written", last.seq) }
-            } else {
-                point
             }
         } else {
             run_hook(group).await?;
             // What came in meanwhile counts.
             choose(group, &request.at)?
         };
-        let _ = node;
         match group.take_over(point.seq).await {
             Ok(_) => Ok(point),
             Err(error) => Err(let_go_on(group, error).await),
@@ -245,16 +271,21 @@ impl Recoveries {
         node: &Arc<Node>,
         recovery: &Arc<Recovery>,
         request: &RecoveryRequest,
-        view: Arc<srn_store::group::View>,
+        plan: Plan,
         host: &Host,
     ) -> Result<()> {
-        let (spec, firmware) = self.spec(node, recovery, request, view, host).await?;
-        recovery.progress().firmware = Some(firmware);
+        let spec = plan.with_disks(node, &recovery.exports);
+        recovery.progress().firmware = Some(plan.firmware);
         // What an earlier life of the same name has left.
         let _ = srn_targets::qemu::run::remove(&recovery.record.folder);
         let machine =
             Machine::start(host, &spec, &recovery.record.folder).await.map_err(|error| {
-                Failure::new(Kind::Internal, format!("starting the machine: {error}"))
+                let kind = match &error {
+                    RunError::Missing(_) => Kind::Missing,
+                    RunError::Spec(_) => Kind::Invalid,
+                    _ => Kind::Internal,
+                };
+                Failure::new(kind, format!("starting the machine: {error}"))
             })?;
         let machine = Arc::new(machine);
         {

@@ -36,11 +36,16 @@ impl Latch {
         Ok(())
     }
 
-    /// Latches on every error but a full disk, which damages nothing: space is reserved before it
-    /// is relied on.
+    /// Latches on every error but a full disk, a quota, or a file that would be too large: those
+    /// damage nothing, as space is reserved before it is relied on.
     fn watch<T>(&self, what: &str, result: io::Result<T>) -> io::Result<T> {
         if let Err(error) = &result
-            && error.kind() != io::ErrorKind::StorageFull
+            && !matches!(
+                error.kind(),
+                io::ErrorKind::StorageFull
+                    | io::ErrorKind::QuotaExceeded
+                    | io::ErrorKind::FileTooLarge
+            )
         {
             let mut reason = self.reason.lock().unwrap_or_else(PoisonError::into_inner);
             if !self.failed.swap(true, Ordering::AcqRel) {

@@ -160,7 +160,7 @@ pub enum RunError {
         pid: i32,
     },
     /// The disk: a file of the run directory.
-    #[error("{doing} {}", .path.display())]
+    #[error("{doing} {}: {source}", .path.display())]
     File {
         /// What was done.
         doing: &'static str,
@@ -179,7 +179,7 @@ pub enum RunError {
         reason: String,
     },
     /// Us: the process could not be started, watched or killed.
-    #[error("{doing} qemu")]
+    #[error("{doing} qemu: {source}")]
     Process {
         /// What was done.
         doing: &'static str,

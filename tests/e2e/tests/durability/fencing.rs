@@ -84,7 +84,7 @@ async fn a_planned_failover_loses_nothing_and_fences() {
     let client = production.open(&export_of(DISK)).await;
     write_pieces(&client, 1..100).await;
     let expected = read_all(&client).await.expect("the disk is read");
-    let run = recovery.json(&["failover", "run", GROUP, "--no-start"]).await;
+    let run = recovery.json(&["failover", "run", GROUP, "--no-start", "--yes"]).await;
     assert_eq!(run["phase"], "served", "{run:#}");
     assert_eq!(run["exports"], serde_json::json!([RECOVERED]), "{run:#}");
     let head = production.group(GROUP).await["head"].as_u64().expect("a number");
@@ -123,7 +123,9 @@ async fn a_planned_failover_loses_nothing_and_fences() {
     let _ = recovery.srn(&["failover", "stop", GROUP, "--graceful", "0s"]).await.done();
     assert!(recovered.write(0, filled(1, 512), false).await.is_err(), "it was stopped");
     assert!(connect(&recovery.nbd_uri(RECOVERED)).await.is_err(), "it was stopped");
-    // It goes on from where it stopped.
+    // Not from anywhere else; it goes on from where it stopped.
+    let elsewhere = ["failover", "run", GROUP, "--no-start", "--at", "1"];
+    recovery.srn(&elsewhere).await.refused(6, &["failed over already", "failover test"]);
     let again = recovery.json(&["failover", "run", GROUP, "--no-start"]).await;
     assert_eq!(again["phase"], "served", "{again:#}");
     let recovered = recovery.open(RECOVERED).await;

@@ -195,7 +195,7 @@ async fn while_the_missed_is_being_sent_the_newest_point_is_the_last_one_before(
     production.start().await;
     production.pair_with(&recovery).await;
     // The background copy is as slow as the log is small, so that the middle of it lasts.
-    protect(&production, &server, &["--log-size", "16M"]).await;
+    protect(&production, &server, &["--log-size", "16M", "--on-full", "throttle"]).await;
     server.write(5, 0, 64 << 10).await;
     production.in_step(GROUP).await;
     let before = server.content().await;

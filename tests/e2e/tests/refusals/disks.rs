@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use srn_e2e::{Lab, Node, PATIENCE, tool, wait_for};
+use srn_nbd::client::{Client, ConnectOptions, Uri};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::process::{Child, Command};
@@ -157,6 +158,37 @@ async fn a_copy_that_fails_is_told_and_can_be_made_again() {
     .await;
     let copied = content(&lab, &node, "web", "data").await;
     assert_eq!(copied[8192..8200], 8192_u64.to_be_bytes());
+}
+
+#[tokio::test]
+async fn a_disk_that_is_being_filled_is_given_to_nobody() {
+    let lab = Lab::new();
+    let mut node = running(&lab, "production").await;
+    protect(&node, "web", None, "1M").await;
+    let slow = ["--filter=delay", "pattern", "1G", "rdelay=1"];
+    let (_slow, slow) = nbdkit(&lab, "slow", &slow).await;
+    let _ = node.srn(&["disk", "add", "web", "data", "--copy-from", &slow]).await.done();
+    let uri: Uri = node.nbd_uri("web/data").parse().expect("a URI");
+    let refused = async || {
+        let opened = Client::connect(&uri, &ConnectOptions::default()).await;
+        let error = opened.map(|_| ()).expect_err("it would lose what is written").to_string();
+        assert!(error.contains("still being filled"), "{error}");
+    };
+    refused().await;
+    // What was cut off is told, and still not given away.
+    node.kill().await;
+    node.expect_in_log("failed: the source");
+    node.start().await;
+    node.group_until("web", "the way out is shown", |group| {
+        let disks = group["disks"].as_array().into_iter().flatten();
+        disks.into_iter().any(|disk| {
+            disk["name"] == "data"
+                && disk["detail"].as_str().is_some_and(|text| text.contains("remove the disk"))
+        })
+    })
+    .await;
+    refused().await;
+    let _ = node.srn(&["disk", "remove", "web", "data"]).await.done();
 }
 
 /// A connection that sends what no client sends: no structured replies, no checks.

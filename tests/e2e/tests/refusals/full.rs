@@ -15,7 +15,9 @@ use tokio::process::{Child, Command};
 use tokio::task::JoinHandle;
 use tokio::time::MissedTickBehavior;
 
-use crate::common::{MIB, NOT_FOUND, STORAGE, content, facts, protect, refused, refuses, verdict};
+use crate::common::{
+    INVALID, MIB, NOT_FOUND, REFUSED, STORAGE, content, facts, protect, refused, refuses, verdict,
+};
 
 /// Small segments, so that few megabytes make a log.
 const SMALL: &str = "[store]\nsegment_size = \"1M\"\nrecent_frames = \"1M\"";
@@ -499,9 +501,23 @@ async fn a_failover_that_cannot_be_leaves_production_in_charge() {
     let answered = writer.stop().await;
     production.in_step("web").await;
     // No such point: nobody is asked to stop.
-    let run = ["failover", "run", "web", "--no-start"];
+    let run = ["failover", "run", "web", "--no-start", "--yes"];
     let nowhere = [&run[..], &["--at", "99999"]].concat();
     refuses(&recovery, &nowhere, NOT_FOUND, &["web", "99999", "checkpoint list"]).await;
+    // Nor when no server can be started from it, or not as asked for, or nobody says yes.
+    let run_one = ["failover", "run", "web", "--yes"];
+    refuses(&recovery, &run_one, REFUSED, &["no disk can be booted", "--firmware"]).await;
+    refuses(&recovery, &run_one[..3], REFUSED, &["web", "will be stopped", "--yes"]).await;
+    let cases: [(&[&str], &[&str]); 4] = [
+        (&["--network", "bridge"], &["bridge"]),
+        (&["--bus", "floppy"], &["floppy", "virtio", "ide"]),
+        (&["--cpus", "999"], &["processors", "255"]),
+        (&["--memory", "1M"], &["memory", "16"]),
+    ];
+    for (wrong, words) in cases {
+        let arguments = [&run_one[..], &["--firmware", "bios"], wrong].concat();
+        refuses(&recovery, &arguments, INVALID, words).await;
+    }
     assert_eq!(production.group("web").await["state"], "streaming");
     // No room to write down who is in charge: production was asked to stop, and goes on.
     volume.fill_but(0);
