@@ -14,6 +14,7 @@ use std::io::Write;
 use std::process::ExitCode;
 
 use clap::Parser;
+use clap::error::ErrorKind;
 
 use crate::error::{Failure, Kind, Result};
 use args::{Command, Line};
@@ -51,9 +52,14 @@ fn not_understood(error: &clap::Error) -> ExitCode {
         let _ = error.print();
         return ExitCode::SUCCESS;
     }
-    let text = usage_line(&error.render().to_string());
     // Whether JSON is wanted was not understood either; it is guessed.
     let json = std::env::args_os().any(|argument| argument == "--json");
+    if error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand && !json {
+        // Who says nothing is told what can be said.
+        let _ = error.print();
+        return ExitCode::from(Kind::Usage.exit_code());
+    }
+    let text = usage_line(&error.render().to_string());
     fail(json, &Failure::new(Kind::Usage, text))
 }
 

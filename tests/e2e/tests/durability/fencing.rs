@@ -2,15 +2,17 @@
 //! an administrator does to a group between failovers takes nothing from it.
 
 use std::process::Stdio;
+use std::sync::Arc;
 
+use bytes::Bytes;
 use rustix::process::Signal;
 use srn_e2e::{Chance, Lab, Node, PATIENCE, tool, wait_for};
 use srn_nbd::client::Client;
 use tokio::io::{AsyncBufReadExt, BufReader};
 
 use crate::common::{
-    GROUP, connect, expect_lost_link, expect_same, export_of, exported, filled, protect, read_all,
-    small_segments,
+    GROUP, connect, expect_lost_link, expect_replica, expect_same, export_of, exported, filled,
+    protect, read_all, small_segments,
 };
 use crate::oracle::{Moment, Oracle, SECTOR};
 
@@ -70,6 +72,46 @@ async fn write_pieces(client: &Client, values: std::ops::Range<u8>) {
     for value in values {
         let at = u64::from(value) * 4096;
         client.write(at, filled(value, 4096), false).await.expect("the write is taken");
+    }
+}
+
+/// Clients write on while production is drained: nothing is answered there that is not here.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_answered_during_a_planned_failover_is_there_after_it() {
+    let lab = Lab::new();
+    let (mut production, mut recovery) = protected(&lab).await;
+    expect_failover(&mut production, &mut recovery);
+    production.expect_in_log("draining for a planned failover");
+    production.expect_in_log("fenced: drained for a planned failover");
+    let client = Arc::new(production.open(&export_of(DISK)).await);
+    let writers: Vec<_> = (0..8_u64)
+        .map(|slot| {
+            let client = client.clone();
+            tokio::spawn(async move {
+                let mut answered = 0_u64;
+                loop {
+                    let data = Bytes::from((answered + 1).to_be_bytes().repeat(512));
+                    if client.write(slot * 4096, data, false).await.is_err() {
+                        return answered;
+                    }
+                    answered += 1;
+                }
+            })
+        })
+        .collect();
+    let busy = |group: &serde_json::Value| group["head"].as_u64() > Some(200);
+    production.group_until(GROUP, "they write", busy).await;
+    let run = recovery.json(&["failover", "run", GROUP, "--no-start", "--yes"]).await;
+    assert_eq!(run["phase"], "served", "{run:#}");
+    let recovered = recovery.open(RECOVERED).await;
+    let found = read_all(&recovered).await.expect("the recovered disk is read");
+    for (slot, writer) in writers.into_iter().enumerate() {
+        let answered = writer.await.expect("it ends");
+        let bytes = found[slot * 4096..].first_chunk().expect("a number");
+        let there = u64::from_be_bytes(*bytes);
+        // The one under way at the end was answered with an error, and may be there.
+        let whole = there == answered || there == answered + 1;
+        assert!(whole, "slot {slot}: write {answered} was answered, {there} is there");
     }
 }
 
@@ -278,6 +320,30 @@ async fn a_checkpoint_over_nbd_is_what_the_raw_export_is() {
         })
         .await;
     }
+}
+
+/// What the peer had acknowledged and does not hold any more is at risk again.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_replica_that_was_deleted_is_missed_and_made_again() {
+    let lab = Lab::new();
+    let (mut production, mut recovery) = protected(&lab).await;
+    recovery.expect_in_log("the replica was deleted here");
+    production.expect_in_log("it was deleted or set back");
+    let client = production.open(&export_of(DISK)).await;
+    write_pieces(&client, 1..60).await;
+    production.in_step(GROUP).await;
+    let _ = recovery.srn(&["group", "delete", GROUP, "--yes"]).await.done();
+    write_pieces(&client, 60..80).await;
+    let apart = |group: &serde_json::Value| group["state"] == "disconnected";
+    let group = production.group_until(GROUP, "nothing is sent any more", apart).await;
+    assert_eq!(group["safe"], false, "{group:#}");
+    // With the next session it is made again, from the first frame on.
+    recovery.stop().await;
+    recovery.start().await;
+    let expected = read_all(&client).await.expect("the disk is read");
+    expect_replica(&production, &recovery, DISK, &expected, "the deletion of the replica").await;
+    let events = production.srn(&["events"]).await.done().out;
+    assert!(events.contains("is sent again"), "{events}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

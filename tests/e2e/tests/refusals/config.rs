@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::process::Stdio;
 
-use srn_e2e::{Lab, PATIENCE, Ran};
+use srn_e2e::{Lab, PATIENCE, Ran, tool};
 use tokio::process::Command;
 
 use crate::common::{
@@ -155,6 +155,13 @@ async fn wrong_usage_takes_one_line_and_names_the_help() {
         let ran = node.srn(&[*arguments, &["--json"]].concat()).await;
         let failure: serde_json::Value = serde_json::from_str(&ran.err).expect("JSON");
         assert_eq!(failure["kind"], "usage", "srn {arguments:?} --json");
+    }
+    // Who says nothing at all is shown what can be said.
+    let program = srn_e2e::node::binary().display().to_string();
+    for (arguments, word) in [(&[][..], "failover"), (&["group"][..], "create")] {
+        let ran = tool::run(&program, arguments).await;
+        assert!(ran.code == USAGE && ran.out.is_empty(), "{ran:#?}");
+        assert!(ran.err.contains("\nUsage: srn") && ran.err.contains(word), "{ran:#?}");
     }
     // Help that was asked for is no failure.
     for arguments in [&["--help"][..], &["help", "group"], &["group", "create", "--help"]] {
