@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::mpsc::{Sender, SyncSender, channel, sync_channel};
 
 use crate::clock;
 use crate::config::Config;
@@ -19,19 +20,47 @@ struct Inner {
     fleet: Arc<dyn Fleet>,
     store: srn_store::group::Shared,
     link: tokio::runtime::Handle,
+    events: Sender<Told>,
+}
+
+/// What the thread that writes events down is told.
+#[derive(Debug)]
+enum Told {
+    Event(EventRecord),
+    /// Whoever sent it waits until everything before is written.
+    Asked(SyncSender<()>),
 }
 
 impl Context {
-    /// Puts it together. `link` is the runtime in which the link's work is done, which yields to
+    /// Puts it together, and starts the thread that writes events down. `link` is the runtime in which the link's work is done, which yields to
     /// everything that a server waits for.
-    #[must_use]
+    ///
+    /// # Errors
+    /// When the system gives no thread.
     pub fn new(
         config: Config,
         fleet: Arc<dyn Fleet>,
         store: srn_store::group::Shared,
         link: tokio::runtime::Handle,
-    ) -> Self {
-        Self { inner: Arc::new(Inner { config, fleet, store, link }) }
+    ) -> std::io::Result<Self> {
+        let (events, told) = channel();
+        let memory = fleet.clone();
+        // Writing one down waits for the disk, which whoever has news may not.
+        std::thread::Builder::new().name("events".into()).spawn(move || {
+            for told in told {
+                match told {
+                    Told::Event(event) => {
+                        if let Err(error) = memory.add_event(&event) {
+                            log::error!("recording an event: {error}");
+                        }
+                    }
+                    Told::Asked(done) => {
+                        let _ = done.send(());
+                    }
+                }
+            }
+        })?;
+        Ok(Self { inner: Arc::new(Inner { config, fleet, store, link, events }) })
     }
 
     /// The configuration.
@@ -77,8 +106,15 @@ impl Context {
             group: group.map(str::to_owned),
             text: text.to_owned(),
         };
-        if let Err(error) = self.fleet().add_event(&event) {
-            log::error!("recording an event: {error}");
+        // It ends with the last of these.
+        let _ = self.inner.events.send(Told::Event(event));
+    }
+
+    /// Returns when every event until now is written down. Blocks.
+    pub fn write_events(&self) {
+        let (done, written) = sync_channel(1);
+        if self.inner.events.send(Told::Asked(done)).is_ok() {
+            let _ = written.recv();
         }
     }
 }

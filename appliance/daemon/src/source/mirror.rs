@@ -51,6 +51,10 @@ const SPEED_MIN: u64 = 1 << 20;
 /// A limit at or above this is none, in bytes per second.
 const SPEED_MAX: u64 = 4 << 30;
 
+/// Bounds of what a background copy has under way at once, in bytes; the upper one is QEMU's own.
+const BURST_MIN: u64 = 256 << 10;
+const BURST_MAX: u64 = 16 << 20;
+
 /// The mirrors of a node.
 #[derive(Debug, Default)]
 pub struct Mirrors {
@@ -316,6 +320,8 @@ impl Mirror {
             .await?;
         let mut job = MirrorJob::follow(&self.names.job, &self.device, &self.names.target);
         job.speed = self.speed_for_room();
+        // Else a small log is full before the job is looked at for the first time.
+        job.buf_size = Some((self.group.log_room() / 8).clamp(BURST_MIN, BURST_MAX));
         if let Err(error) = monitor.blockdev_mirror(&job).await {
             let _ = monitor.blockdev_del(&self.names.target).await;
             return Err(error.into());

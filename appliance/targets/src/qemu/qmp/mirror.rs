@@ -82,6 +82,9 @@ pub struct MirrorJob {
     pub copy_mode: CopyMode,
     /// The most bytes a second for the background copy, 0 for no limit.
     pub speed: u64,
+    /// The most bytes under way at once, which no speed holds back; QEMU's own if absent (16 MiB).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub buf_size: Option<u64>,
     /// When the source fails.
     pub on_source_error: OnError,
     /// When the target fails.
@@ -107,6 +110,7 @@ impl MirrorJob {
             sync: "full",
             copy_mode: CopyMode::WriteBlocking,
             speed: 0,
+            buf_size: None,
             on_source_error: OnError::Stop,
             on_target_error: OnError::Stop,
             filter_node_name: None,
