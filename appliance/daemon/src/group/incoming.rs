@@ -236,15 +236,19 @@ impl Group {
     }
 
     /// The primary says how far it is.
-    pub(super) fn on_progress(&self, progress: Progress) {
-        if let Side::Incoming(incoming) = &mut *self.side() {
+    pub(super) fn on_progress(&self, session: &Session, progress: Progress) {
+        if let Side::Incoming(incoming) = &mut *self.side()
+            && incoming.session.number() == session.number()
+        {
             incoming.progress = Some((progress, clock::mono()));
         }
     }
 
     /// The primary takes no more writes; this is its last frame.
-    pub(super) fn on_drained(&self, last: Position) {
-        if let Side::Incoming(incoming) = &mut *self.side() {
+    pub(super) fn on_drained(&self, session: &Session, last: Position) {
+        if let Side::Incoming(incoming) = &mut *self.side()
+            && incoming.session.number() == session.number()
+        {
             incoming.drained = Some(last);
         }
         self.changed.notify_waiters();

@@ -311,6 +311,10 @@ impl Group {
         let news = {
             let side = self.side();
             let Side::Outgoing(outgoing) = &*side else { return };
+            // The last words of a session that was replaced concern nobody.
+            if outgoing.session.number() != session.number() {
+                return;
+            }
             let result = lock(&outgoing.sender).on_ack(seq);
             match result {
                 Ok(news) => news,
@@ -335,6 +339,9 @@ impl Group {
         let fault = {
             let side = self.side();
             let Side::Outgoing(outgoing) = &*side else { return };
+            if outgoing.session.number() != session.number() {
+                return;
+            }
             let result = lock(&outgoing.sender).on_credit(limit);
             outgoing.wake.notify_one();
             result.err()
@@ -348,7 +355,7 @@ impl Group {
     /// that is then offered again.
     pub(super) async fn on_hindrance(self: &Arc<Self>, session: &Session, text: String) {
         let again = match &mut *self.side() {
-            Side::Outgoing(outgoing) => {
+            Side::Outgoing(outgoing) if outgoing.session.number() == session.number() => {
                 outgoing.hindrance = (!text.is_empty()).then_some(text);
                 let refused = matches!(
                     lock(&outgoing.sender).phase(),

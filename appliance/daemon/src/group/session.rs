@@ -84,13 +84,13 @@ impl Group {
             Message::Refuse(refuse) => self.on_refuse(session, refuse).await,
             Message::Ack { seq, .. } => self.on_ack(session, seq),
             Message::Credit { limit, .. } => self.on_credit(session, limit),
-            Message::Progress(progress) => self.on_progress(progress),
+            Message::Progress(progress) => self.on_progress(session, progress),
             Message::Hindrance { text, .. } => self.on_hindrance(session, text).await,
             Message::Drain { .. } => {
                 let (this, session) = (self.clone(), session.clone());
                 tokio::spawn(async move { this.on_drain(&session).await });
             }
-            Message::Drained { last, .. } => self.on_drained(last),
+            Message::Drained { last, .. } => self.on_drained(session, last),
             Message::MarkRequest { id, .. } => {
                 let this = self.clone();
                 tokio::spawn(async move { this.on_mark_request(id).await });
