@@ -44,12 +44,14 @@ impl Context {
         link: tokio::runtime::Handle,
     ) -> std::io::Result<Self> {
         let (events, told) = channel();
-        let memory = fleet.clone();
+        // Not kept open by this thread: who ends the node closes it.
+        let memory = Arc::downgrade(&fleet);
         // Writing one down waits for the disk, which whoever has news may not.
         std::thread::Builder::new().name("events".into()).spawn(move || {
             for told in told {
                 match told {
                     Told::Event(event) => {
+                        let Some(memory) = memory.upgrade() else { return };
                         if let Err(error) = memory.add_event(&event) {
                             log::error!("recording an event: {error}");
                         }
