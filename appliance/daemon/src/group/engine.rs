@@ -324,6 +324,11 @@ impl Engine {
         waiting.into_iter().for_each(|op| refuse(op.done, &closed));
     }
 
+    /// What came last was not the last: takes more, unless it is closed for another reason.
+    pub fn go_on(&self) {
+        self.lock().ended = None;
+    }
+
     /// Refuses nothing any more.
     pub fn reopen(&self) {
         let mut queue = self.lock();

@@ -399,6 +399,10 @@ impl Group {
         let fence = Fence { cause: Cause::Handover, epochs: None, since: clock::wall() };
         if let Err(error) = self.fence_off(fence).await {
             log::error!("group {name}: writing down the fence: {error}");
+            // Closed for that fence, and there is none.
+            if self.fence().is_none() {
+                self.engine().reopen();
+            }
             return self.goes_on_as_primary();
         }
         // The stream goes on: the peer takes over when it has the last frame.
@@ -408,7 +412,8 @@ impl Group {
     /// Nobody takes over: clients are served again.
     fn goes_on_as_primary(&self) {
         self.facts().draining = false;
-        self.engine().reopen();
+        // A fence that was put up meanwhile stays, and so does a store that failed.
+        self.engine().go_on();
         self.changed.notify_waiters();
         self.review();
     }

@@ -25,7 +25,7 @@ use crate::node::backend::Extra;
 /// How long KVM is given to prove itself.
 const KVM_PATIENCE: Duration = Duration::from_secs(5);
 
-/// A machine that can be started, but for the names of its disks.
+/// A machine that can be started, but for its name and those of its disks.
 pub(super) struct Plan {
     spec: MachineSpec,
     bus: Bus,
@@ -35,14 +35,23 @@ pub(super) struct Plan {
 }
 
 impl Plan {
-    /// The machine with these exports of the node as its disks.
-    pub(super) fn with_disks(&self, node: &Node, exports: &[String]) -> MachineSpec {
+    /// The machine as recovery `id` of a group, with these exports of the node as its disks.
+    pub(super) fn with_disks(
+        &self,
+        node: &Node,
+        group: &Group,
+        id: &str,
+        exports: &[String],
+    ) -> MachineSpec {
         let disk = |export: &String| Disk {
             bus: self.bus,
             sector_bytes: self.sector_bytes,
             ..Disk::new(node.nbd_socket(), export)
         };
-        MachineSpec { disks: exports.iter().map(disk).collect(), ..self.spec.clone() }
+        let mut nics = self.spec.nics.clone();
+        nics.iter_mut().for_each(|nic| nic.mac = mac_of(group, id));
+        let disks = exports.iter().map(disk).collect();
+        MachineSpec { name: id.to_owned(), disks, nics, ..self.spec.clone() }
     }
 }
 
@@ -152,7 +161,7 @@ impl Recoveries {
             Some(network) => {
                 let network: Network =
                     network.parse().map_err(|error| Failure::invalid(format!("{error}")))?;
-                vec![Nic { network, model: Default::default(), mac: mac_of(group, id) }]
+                vec![Nic { network, model: Default::default(), mac: None }]
             }
         };
         let config = self.context.config();
@@ -185,7 +194,7 @@ impl Recoveries {
             Firmware::Bios => None,
             Firmware::Uefi => Some(host.ovmf().map_err(missing)?.code.as_path()),
         };
-        let arguments = plan.with_disks(node, &exports).arguments(code);
+        let arguments = plan.with_disks(node, group, id, &exports).arguments(code);
         arguments.map_err(|error| Failure::invalid(error.to_string()))?;
         Ok(plan)
     }

@@ -104,6 +104,8 @@ impl Recoveries {
         } else {
             (self.take_over(group, &request).await?, group.store().epochs().current(), None)
         };
+        // Another recovery may have begun since.
+        let id = self.free_id(group, request.test);
         let record = RecoveryRecord {
             id: id.clone(),
             group: group.id().to_string(),
@@ -274,7 +276,7 @@ impl Recoveries {
         plan: Plan,
         host: &Host,
     ) -> Result<()> {
-        let spec = plan.with_disks(node, &recovery.exports);
+        let spec = plan.with_disks(node, &recovery.group, &recovery.record.id, &recovery.exports);
         recovery.progress().firmware = Some(plan.firmware);
         // What an earlier life of the same name has left.
         let _ = srn_targets::qemu::run::remove(&recovery.record.folder);
