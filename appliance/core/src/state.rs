@@ -59,8 +59,8 @@ pub enum Cause {
     PeerRefuses,
     /// A person paused it here.
     PausedHere,
-    /// The first copy is under way.
-    FirstCopy,
+    /// Initial replication is under way.
+    InitialReplication,
     /// The mirror of the source was interrupted, and sends what was written meanwhile.
     MirrorInterrupted,
     /// The source's mirror is not running: the server's writes do not come in.
@@ -159,7 +159,7 @@ impl Cause {
             Self::PeerHindered => "the peer cannot take frames",
             Self::PeerRefuses => "the peer refuses",
             Self::PausedHere => "paused by an administrator",
-            Self::FirstCopy => "initial replication",
+            Self::InitialReplication => "initial replication",
             Self::MirrorInterrupted => "the mirror was interrupted and sends what it missed",
             Self::SourceGone => "the source's mirror is not running",
             Self::LogFull => "the log is full and the policy is stop",
@@ -246,7 +246,7 @@ pub const fn decide(facts: &Facts) -> (State, Cause) {
         return (State::Paused, Cause::PausedHere);
     }
     match (facts.content, facts.link) {
-        (Content::Seeding, _) => (State::Seeding, Cause::FirstCopy),
+        (Content::Seeding, _) => (State::Seeding, Cause::InitialReplication),
         (Content::Resync, _) => (State::Resync, Cause::MirrorInterrupted),
         (Content::Clean, Link::Streaming) => (State::Streaming, Cause::None),
         (Content::Clean, Link::NoPeer) => (State::Disconnected, Cause::NoPeer),

@@ -95,7 +95,7 @@ struct Facts {
     stalled_at: Option<srn_core::time::Mono>,
     /// Sources that are not running, and why; by disk number.
     sources: std::collections::BTreeMap<u32, String>,
-    /// Sources' progress of a first copy or resync.
+    /// Sources' progress of initial replication or resync.
     progress: std::collections::BTreeMap<u32, CopyProgress>,
     /// Since when the group is not safe.
     unsafe_since: Option<srn_core::time::WallTime>,
@@ -488,7 +488,7 @@ impl Group {
         }
     }
 
-    /// Adds a disk. Where `fills` is set its first copy is yet to come.
+    /// Adds a disk. Where `fills` is set its initial replication is yet to come.
     ///
     /// # Errors
     /// [`Kind::Conflict`] when the name is taken; [`Kind::Invalid`] for a source that cannot be;
@@ -516,7 +516,7 @@ impl Group {
         let id = DiskId(clock::random());
         let mut records = vec![OwnedRecord::DiskAdd(disk, id, sectors, name.clone())];
         if fills {
-            // Until its first copy is whole there is nothing to recover.
+            // Until initial replication has ended there is nothing to recover.
             records.push(OwnedRecord::ResyncBegin(disk, ResyncReason::Seeding));
         }
         // First, as it can fail too; of a disk that does not come to be it means nothing.

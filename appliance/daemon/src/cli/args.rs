@@ -217,7 +217,7 @@ pub(super) enum DiskCommand {
         /// A disk served from here that begins with the content of this NBD export.
         #[arg(long, group = "source", value_name = "NBD-URI")]
         copy_from: Option<String>,
-        /// Wait until its first copy is whole, and show how far it is.
+        /// Wait for the end of initial replication, and show how far it is.
         #[arg(long)]
         wait: bool,
     },

@@ -321,7 +321,7 @@ async fn disk(client: &Client, out: &Out, command: DiskCommand) -> Result<()> {
     Ok(())
 }
 
-/// Shows how far a first copy is, until the disk and its replica are in step.
+/// Shows how far initial replication is, until the disk and its replica are in step.
 async fn wait_for_copy(client: &Client, out: &Out, group: &str, disk: &str) -> Result<()> {
     let path = format!("/v1/groups/{}", segment(group)?);
     let terminal = std::io::stderr().is_terminal();
