@@ -422,6 +422,7 @@ fn start_clone_engine(group: &Arc<Group>, appender: Appender) -> Result<Arc<Engi
             }
         }
         fn received(&self, _head: Position, _wire_bytes: u64) {}
+        fn out_of_line(&self, _error: &StoreError) {}
         fn failed(&self, error: &StoreError) {
             log::error!("group {}: a recovered server's disks failed: {error}", self.0);
         }

@@ -114,16 +114,29 @@ pub trait Watcher: Send + Sync {
     fn full(&self, why: Option<&str>);
     /// Frames from the peer are durable: the newest, and how many bytes of the stream they were.
     fn received(&self, head: Position, wire_bytes: u64);
+    /// Frames of the peer's stream do not continue the line; none of them was appended.
+    fn out_of_line(&self, error: &StoreError);
     /// The line has stopped for good.
     fn failed(&self, error: &StoreError);
+}
+
+/// A stream of the peer's frames, by a number that no other in this process has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FrameStream(u64);
+
+impl FrameStream {
+    fn new() -> Self {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        Self(NEXT.fetch_add(1, Ordering::Relaxed))
+    }
 }
 
 struct Queue {
     ops: VecDeque<Op>,
     ops_bytes: usize,
     frames: VecDeque<(Arc<Frame>, u64)>,
-    /// How often the frames that wait were dropped.
-    dropped: u64,
+    /// What the frames that wait are of; those of an earlier one were dropped.
+    stream: FrameStream,
     /// Set when operations are refused.
     closed: Option<Closed>,
     /// The last operation was handed over, and why; what waits before it is still done.
@@ -191,7 +204,7 @@ impl Engine {
                 ops: VecDeque::new(),
                 ops_bytes: 0,
                 frames: VecDeque::new(),
-                dropped: 0,
+                stream: FrameStream::new(),
                 closed: None,
                 ended: None,
                 stop: false,
@@ -290,23 +303,27 @@ impl Engine {
         told.await.unwrap_or_else(|_| Err(Closed("the log was closed".into())))
     }
 
-    /// Hands over a frame from the peer, and its size on the wire in bytes.
-    pub fn take_frame(&self, frame: Arc<Frame>, wire_bytes: u64) {
+    /// Hands over a frame of the peer's stream, and its size on the wire in bytes. Nothing is done
+    /// if the frames were dropped since that stream began: whoever reads it may be behind.
+    pub fn take_frame(&self, stream: FrameStream, frame: Arc<Frame>, wire_bytes: u64) {
         let mut queue = self.lock();
-        if queue.closed.is_none() {
+        if queue.closed.is_none() && queue.stream == stream {
             queue.frames.push_back((frame, wire_bytes));
             self.shared.wake_if_idle(queue);
         }
     }
 
-    /// Drops the peer's frames that are not appended yet: they will come again.
-    pub async fn drop_frames(&self) {
-        {
+    /// Drops the peer's frames that are not appended yet: they will come again, in the new stream
+    /// that this begins.
+    pub async fn drop_frames(&self) -> FrameStream {
+        let stream = {
             let mut queue = self.lock();
             queue.frames.clear();
-            queue.dropped += 1;
-        }
+            queue.stream = FrameStream::new();
+            queue.stream
+        };
         self.settled().await;
+        stream
     }
 
     /// Refuses operations from now on; those that wait are refused too.
@@ -480,8 +497,7 @@ struct Worker {
 /// What to do next.
 enum Work {
     Ops(Vec<Op>),
-    /// Frames, and how often the peer's had been dropped when they were taken.
-    Frames(Vec<(Arc<Frame>, u64)>, u64),
+    Frames(Vec<(Arc<Frame>, u64)>, FrameStream),
     CloseSegment(Vec<oneshot::Sender<()>>),
     /// Nothing for a while.
     Idle,
@@ -511,7 +527,7 @@ impl Shared {
                         replies.send();
                     }
                 }
-                Work::Frames(frames, dropped) => worker.commit_frames(self, frames, dropped),
+                Work::Frames(frames, stream) => worker.commit_frames(self, frames, stream),
                 Work::CloseSegment(asked) => {
                     worker.appender.close_segment();
                     for done in asked {
@@ -576,7 +592,7 @@ impl Shared {
                     queue.committing = true;
                     let count = queue.frames.len().min(COMMIT_FRAMES_MAX);
                     let frames = queue.frames.drain(..count).collect();
-                    return Work::Frames(frames, queue.dropped);
+                    return Work::Frames(frames, queue.stream);
                 }
             }
             let unproven = queue.unproven.filter(|_| !queue.full && queue.closed.is_none());
@@ -612,17 +628,11 @@ impl Shared {
         }
     }
 
-    /// Puts back what found no room, in front, and tells who waits for the commit to end.
-    fn commit_over(&self, ops: VecDeque<Op>, frames: VecDeque<(Arc<Frame>, u64)>, dropped: u64) {
+    /// Puts back operations that found no room, in front, and tells who waits for the commit to end.
+    fn commit_over(&self, ops: VecDeque<Op>) {
         let refused = {
             let mut queue = self.lock();
             queue.committing = false;
-            // Those of a stream that was given up meanwhile come again in the next one.
-            if queue.dropped == dropped {
-                for frame in frames.into_iter().rev() {
-                    queue.frames.push_front(frame);
-                }
-            }
             match queue.closed.clone() {
                 // Closed meanwhile: nobody will come back for them.
                 Some(closed) => Some((ops, closed)),
@@ -640,6 +650,15 @@ impl Shared {
         }
         self.commits.fetch_add(1, Ordering::Relaxed);
         self.commit_ended.notify_waiters();
+    }
+
+    /// Puts back frames that found no room, in front. Those of a stream that was given up meanwhile
+    /// come again in the next one.
+    fn put_back(&self, frames: VecDeque<(Arc<Frame>, u64)>, stream: FrameStream) {
+        let mut queue = self.lock();
+        if queue.stream == stream && queue.closed.is_none() {
+            frames.into_iter().rev().for_each(|frame| queue.frames.push_front(frame));
+        }
     }
 
     fn set_full(&self, why: Option<&str>) {
@@ -666,7 +685,7 @@ impl Shared {
                 }
             }
         }
-        self.commit_over(VecDeque::new(), VecDeque::new(), 0);
+        self.commit_over(VecDeque::new());
         self.watcher.failed(error);
     }
 }
@@ -722,18 +741,27 @@ impl Worker {
         }
         // Before anybody else looks at what is left.
         shared.set_full(why.as_deref());
-        shared.commit_over(left, VecDeque::new(), 0);
+        shared.commit_over(left);
     }
 
-    fn commit_frames(&mut self, shared: &Shared, frames: Vec<(Arc<Frame>, u64)>, dropped: u64) {
+    fn commit_frames(
+        &mut self,
+        shared: &Shared,
+        frames: Vec<(Arc<Frame>, u64)>,
+        stream: FrameStream,
+    ) {
         let only: Vec<Arc<Frame>> = frames.iter().map(|(frame, _)| frame.clone()).collect();
         let (done, why) = match self.appender.commit_frames(&only) {
             Ok(Committed { frames, full, .. }) => (frames, full),
             Err(StoreError::Full(why)) => (0, Some(why)),
             Err(error @ StoreError::NotNext { .. }) => {
-                // Frames of a stream that was given up: the next one begins where it has to.
-                log::debug!("dropping frames: {error}");
-                return shared.commit_over(VecDeque::new(), VecDeque::new(), 0);
+                // Of a stream that was given up: the next one begins where it has to.
+                let given_up = shared.lock().stream != stream;
+                shared.commit_over(VecDeque::new());
+                if !given_up {
+                    shared.watcher.out_of_line(&error);
+                }
+                return;
             }
             Err(error) => return shared.fail(&error, std::iter::empty()),
         };
@@ -745,7 +773,8 @@ impl Worker {
             shared.watcher.received(head, bytes);
         }
         shared.set_full(why.as_deref());
-        shared.commit_over(VecDeque::new(), left, dropped);
+        shared.put_back(left, stream);
+        shared.commit_over(VecDeque::new());
     }
 
     /// Says in the log that everything before was durable.
@@ -755,9 +784,9 @@ impl Worker {
             Ok(done) => {
                 shared.head.send_replace(done.head);
                 shared.watcher.committed(done.head, 0);
-                shared.commit_over(VecDeque::new(), VecDeque::new(), 0);
+                shared.commit_over(VecDeque::new());
             }
-            Err(StoreError::Full(_)) => shared.commit_over(VecDeque::new(), VecDeque::new(), 0),
+            Err(StoreError::Full(_)) => shared.commit_over(VecDeque::new()),
             Err(error) => shared.fail(&error, std::iter::empty()),
         }
     }

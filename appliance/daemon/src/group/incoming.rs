@@ -17,6 +17,7 @@ use srn_store::manifest::{Fence, Note, Role};
 use tokio::sync::Notify;
 use tokio_util::task::AbortOnDropHandle;
 
+use super::engine::FrameStream;
 use super::{Group, Side};
 use crate::clock;
 use crate::fleet::Level;
@@ -36,6 +37,7 @@ const WINDOW_BYTES_MIN: u64 = 1 << 20;
 pub(super) struct Incoming {
     session: Session,
     receiver: Arc<Mutex<Receiver>>,
+    stream: FrameStream,
     to_say: Arc<ToSay>,
     reader: Option<AbortOnDropHandle<()>>,
     _acker: AbortOnDropHandle<()>,
@@ -92,7 +94,7 @@ impl Group {
         }
         // Frames of an earlier stream must be durable or dropped before this is judged.
         self.end_stream();
-        self.engine().drop_frames().await;
+        let stream = self.engine().drop_frames().await;
         let mut receiver = Receiver::new(self.id, self.store.epochs(), self.store.head());
         let window =
             (WINDOWS_BYTES / groups.max(1) as u64).clamp(WINDOW_BYTES_MIN, WINDOW_BYTES_MAX);
@@ -102,6 +104,7 @@ impl Group {
         *self.side() = Side::Incoming(Incoming {
             session: session.clone(),
             receiver: Arc::new(Mutex::new(receiver)),
+            stream,
             to_say,
             reader: None,
             _acker: AbortOnDropHandle::new(acker),
@@ -216,6 +219,7 @@ impl Group {
             group: self.clone(),
             session: session.clone(),
             receiver: incoming.receiver.clone(),
+            stream: incoming.stream,
         };
         let task = self.context.link().spawn(task.run(reader));
         incoming.reader = Some(AbortOnDropHandle::new(task));
@@ -233,6 +237,22 @@ impl Group {
         words.1 = durable.credit.or(words.1);
         drop(words);
         incoming.to_say.wake.notify_one();
+    }
+
+    /// What came does not continue the line here. The stream cannot go on; a new session finds out
+    /// where the two nodes are.
+    pub(super) fn on_frames_out_of_line(&self, why: &str) {
+        let session = match &mut *self.side() {
+            Side::Incoming(incoming) => {
+                incoming.end();
+                incoming.session.clone()
+            }
+            _ => return,
+        };
+        let text = format!("what the production node sends does not continue the replica: {why}");
+        self.context.event(Level::Alert, Some(&self.name()), &text);
+        session.misbehaved(&text);
+        self.review();
     }
 
     /// The primary says how far it is.
@@ -340,6 +360,7 @@ struct TakeIn {
     group: Arc<Group>,
     session: Session,
     receiver: Arc<Mutex<Receiver>>,
+    stream: FrameStream,
 }
 
 impl TakeIn {
@@ -379,7 +400,7 @@ impl TakeIn {
                 Err(fault) => return Err(misbehaved(&fault)),
             }
             self.group.counters.wire_received.fetch_add(wire, Ordering::Relaxed);
-            self.group.engine().take_frame(Arc::new(frame), wire);
+            self.group.engine().take_frame(self.stream, Arc::new(frame), wire);
         }
         Ok(())
     }

@@ -45,6 +45,9 @@ pub(super) struct Outgoing {
     offered: Mono,
     pump: Option<AbortOnDropHandle<()>>,
     notes_sent: bool,
+    /// The fence that stood when the group was offered, and that the peer's acceptance lifts. One
+    /// that was put up since stays: what was said before it says nothing about it.
+    lifts: Option<Fence>,
 }
 
 impl Outgoing {
@@ -126,6 +129,7 @@ impl Group {
             }
             _ => None,
         };
+        let lifts = self.fence().filter(|fence| fence.cause == Cause::Handover);
         *self.side() = Side::Outgoing(Outgoing {
             session: session.clone(),
             sender: Arc::new(Mutex::new(sender)),
@@ -135,6 +139,7 @@ impl Group {
             offered: clock::mono(),
             pump: None,
             notes_sent: false,
+            lifts,
         });
         session.send(&Message::Offer(offer)).await?;
         Ok(())
@@ -171,13 +176,28 @@ impl Group {
             Ok(hash) => hash,
             Err(error) => return self.cannot_send(&format!("looking up frame {seq}: {error}")),
         };
-        // The peer has not taken over: whoever waited for that may go on.
-        self.peer_has_not_taken_over().await;
+        if let Some(lifts) = self.is_answered(session, accept.nonce) {
+            // The peer has not taken over: whoever waited for that may go on.
+            self.peer_has_not_taken_over(lifts).await;
+        }
         if let Err(fault) = self.begin_stream(session, &accept, hash) {
             session.misbehaved(&fault);
         }
         self.review();
         self.send_notes(session).await;
+    }
+
+    /// Whether this is the answer to the offer that stands, and which fence it lifts then.
+    fn is_answered(&self, session: &Session, nonce: u64) -> Option<Option<Fence>> {
+        match &mut *self.side() {
+            Side::Outgoing(outgoing)
+                if outgoing.session.number() == session.number()
+                    && *lock(&outgoing.sender).phase() == (Phase::Offered { nonce }) =>
+            {
+                Some(outgoing.lifts.take())
+            }
+            _ => None,
+        }
     }
 
     fn begin_stream(
@@ -261,10 +281,10 @@ impl Group {
     }
 
     /// A primary that was drained, or that waited for the peer's word, goes on.
-    async fn peer_has_not_taken_over(self: &Arc<Self>) {
+    async fn peer_has_not_taken_over(self: &Arc<Self>, lifts: Option<Fence>) {
         let waited = std::mem::take(&mut self.facts().waiting_for_peer);
         let held = self.fencing.lock().await;
-        let handover = self.fence().is_some_and(|fence| fence.cause == Cause::Handover);
+        let handover = lifts.is_some() && self.fence() == lifts;
         if handover {
             let store = self.store.clone();
             match self.blocking(move || store.set_fence(None)).await {

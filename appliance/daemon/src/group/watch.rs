@@ -49,6 +49,12 @@ impl Watcher for Watch {
         group.maintainer.progress(wire_bytes);
     }
 
+    fn out_of_line(&self, error: &StoreError) {
+        if let Some(group) = self.group() {
+            group.on_frames_out_of_line(&error.to_string());
+        }
+    }
+
     fn failed(&self, error: &StoreError) {
         let Some(group) = self.group() else { return };
         let cause = match error {

@@ -6,6 +6,7 @@ mod config;
 mod control;
 mod disks;
 mod full;
+mod late;
 mod names;
 mod peers;
 mod rogue;
