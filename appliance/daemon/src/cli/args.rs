@@ -24,7 +24,8 @@ use crate::config::{CONTROL_SOCKET, parse_duration, parse_size};
         6 refused, 7 unreachable, 8 untrusted, 9 storage, 10 something is not installed."
 )]
 pub(super) struct Line {
-    /// The daemon's control socket.
+    /// The daemon's control socket. Where the daemon puts it: socket of [control] in its
+    /// configuration.
     #[arg(long, global = true, env = "SRN_SOCKET", default_value = CONTROL_SOCKET)]
     pub(super) socket: PathBuf,
     /// Print JSON.

@@ -198,11 +198,9 @@ async fn group(client: &Client, out: &Out, command: GroupCommand) -> Result<()> 
         GroupCommand::Pause { name } => pause(client, out, &path(&name)?, true).await?,
         GroupCommand::Resume { name } => pause(client, out, &path(&name)?, false).await?,
         GroupCommand::Delete { name, yes } => {
-            let group: GroupStatus = client.get(&path(&name)?).await.or_else(|error| {
-                // A group that cannot be opened can still be deleted.
-                if yes { Ok(placeholder(&name)) } else { Err(error) }
-            })?;
+            // A group that cannot be opened can still be deleted: only the question needs to know it.
             if !yes {
+                let group: GroupStatus = client.get(&path(&name)?).await?;
                 let what = if group.role == "secondary" {
                     "This deletes the replica and all its checkpoints on this node."
                 } else {
@@ -215,42 +213,6 @@ async fn group(client: &Client, out: &Out, command: GroupCommand) -> Result<()> 
         }
     }
     Ok(())
-}
-
-/// Stands in for a group that is known by name only.
-fn placeholder(name: &str) -> GroupStatus {
-    GroupStatus {
-        name: name.to_owned(),
-        id: String::new(),
-        role: String::new(),
-        keep: String::new(),
-        peer: None,
-        state: String::new(),
-        cause: String::new(),
-        detail: None,
-        safe: false,
-        unsafe_since: None,
-        lag_seconds: None,
-        lag_bytes: None,
-        lag_unknown_since: None,
-        head: 0,
-        head_time: None,
-        acknowledged: None,
-        epoch: String::new(),
-        disks: Vec::new(),
-        log: crate::group::LogStatus { bytes: 0, cap: None, unacknowledged: 0, oldest: 0 },
-        link: crate::group::LinkStatus {
-            content_written: 0,
-            content_sent: 0,
-            wire_sent: 0,
-            wire_received: 0,
-            frames_sent_again: 0,
-        },
-        full_policy: FullPolicy::Throttle,
-        checkpoint_every_s: 0,
-        history_s: 0,
-        paused: false,
-    }
 }
 
 async fn pause(client: &Client, out: &Out, path: &str, paused: bool) -> Result<()> {

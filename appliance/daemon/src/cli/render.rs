@@ -1,5 +1,7 @@
 //! The daemon's answers as text for people.
 
+use serde::Serialize;
+
 use crate::clock;
 use crate::config::Size;
 use crate::fleet::{EventRecord, Level};
@@ -215,6 +217,12 @@ pub(super) fn groups(groups: &[GroupStatus]) -> String {
     table(&["NAME", "ROLE", "KEEPS", "PEER", "STATE", "RISK", "DISKS"], &rows)
 }
 
+/// A policy as it is typed.
+fn word<T: Serialize>(policy: &T) -> String {
+    let value = serde_json::to_value(policy).ok();
+    value.and_then(|value| value.as_str().map(str::to_owned)).unwrap_or_default()
+}
+
 pub(super) fn group(group: &GroupStatus) -> String {
     let mut out = vec![group_line(group)];
     out.extend(group.disks.iter().map(|disk| {
@@ -226,18 +234,24 @@ pub(super) fn group(group: &GroupStatus) -> String {
     };
     out.push(format!("  id {}, epoch {}", group.id, group.epoch));
     out.push(format!(
-        "  checkpoints every {}, history of {}, a full log: {}",
+        "  {}, history of {}",
         if group.checkpoint_every_s == 0 {
-            "never".into()
+            "no periodic checkpoints".into()
         } else {
-            duration(group.checkpoint_every_s)
+            format!("checkpoints every {}", duration(group.checkpoint_every_s))
         },
         duration(group.history_s),
-        serde_json::to_value(group.full_policy)
-            .ok()
-            .and_then(|value| value.as_str().map(str::to_owned))
-            .unwrap_or_default(),
     ));
+    out.push(format!(
+        "  on a full log: {}; on a start without the peer: {}",
+        word(&group.full_policy),
+        word(&group.isolated_start)
+    ));
+    out.push(match group.log.cap {
+        Some(cap) => format!("  log {} of at most {}", Size(group.log.bytes), Size(cap)),
+        None => format!("  log {}", Size(group.log.bytes)),
+    });
+    out.extend(group.fence_hook.as_ref().map(|hook| format!("  fence hook {}", hook.display())));
     out.push(format!(
         "  written {}, sent {} as {}, received {}; {} frames sent again after cuts",
         Size(group.link.content_written),

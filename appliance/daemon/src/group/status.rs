@@ -7,11 +7,12 @@ use srn_core::state::{Cause, Content, Facts as StateFacts, Link, State, decide};
 use srn_store::group::Checkpoint;
 use srn_store::manifest::{Keep, Role};
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::sync::atomic::Ordering;
 
 use super::{Group, Side};
 use crate::clock;
-use crate::fleet::{FullPolicy, Level, Source};
+use crate::fleet::{FullPolicy, IsolatedStart, Level, Source};
 
 /// A group as people see it.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -62,6 +63,10 @@ pub struct GroupStatus {
     pub checkpoint_every_s: u64,
     /// Seconds of history that stay recoverable.
     pub history_s: u64,
+    /// What a primary does that starts without its peer.
+    pub isolated_start: IsolatedStart,
+    /// What makes sure that production is off before a forced failover, if anything does.
+    pub fence_hook: Option<PathBuf>,
     /// Paused by a person.
     pub paused: bool,
 }
@@ -377,6 +382,8 @@ impl Group {
             full_policy: record.full_policy,
             checkpoint_every_s: record.checkpoint_every_s,
             history_s: record.history_s,
+            isolated_start: record.isolated_start,
+            fence_hook: record.fence_hook.clone(),
             paused: record.paused,
         }
     }
