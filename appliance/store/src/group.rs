@@ -127,6 +127,15 @@ pub struct NewGroup {
     pub now: Now,
 }
 
+/// Whether manifests are written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) enum Publishing {
+    #[default]
+    Open,
+    /// The group is being deleted.
+    Over,
+}
+
 /// An open group.
 #[derive(Debug)]
 pub struct Group {
@@ -137,7 +146,7 @@ pub struct Group {
     pub(crate) keep: Keep,
     pub(crate) free: Arc<FreeSlots>,
     /// Held while the manifest is changed.
-    publishing: Mutex<()>,
+    publishing: Mutex<Publishing>,
     /// Held while a maintenance step runs.
     pub(crate) maintaining: Mutex<()>,
     state: Mutex<State>,
@@ -451,6 +460,22 @@ impl Group {
         self.publish(|manifest| manifest.role = role)
     }
 
+    /// Writes no manifest any more: the group's files are about to be deleted. Whoever appends to it
+    /// or maintains it has ended before.
+    pub fn close(&self) {
+        *self.publishing() = Publishing::Over;
+    }
+
+    /// Whether it was closed.
+    #[must_use]
+    pub fn is_closed(&self) -> bool {
+        *self.publishing() == Publishing::Over
+    }
+
+    fn publishing(&self) -> MutexGuard<'_, Publishing> {
+        self.publishing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Changes the manifest: the new one is durable before anyone sees it.
     pub(crate) fn publish(&self, change: impl FnOnce(&mut Manifest)) -> Result<()> {
         self.publish_with(change, |_| {})
@@ -463,7 +488,10 @@ impl Group {
         change: impl FnOnce(&mut Manifest),
         install: impl FnOnce(&mut State),
     ) -> Result<()> {
-        let _one_at_a_time = self.publishing.lock().unwrap_or_else(PoisonError::into_inner);
+        let open = self.publishing();
+        if *open == Publishing::Over {
+            return Err(StoreError::Invalid("the group is being deleted".into()));
+        }
         let mut next = {
             let state = self.lock();
             let mut next = state.manifest.clone();

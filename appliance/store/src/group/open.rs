@@ -113,7 +113,7 @@ impl Group {
             id,
             keep,
             free,
-            publishing: Mutex::new(()),
+            publishing: Mutex::default(),
             maintaining: Mutex::new(()),
             state: Mutex::new(state),
         });
