@@ -201,6 +201,12 @@ impl Session {
         self.inner.connection.quic.close(CLOSE_REPLACED, b"replaced by a newer connection");
     }
 
+    /// Whether it has ended.
+    #[must_use]
+    pub fn is_over(&self) -> bool {
+        self.inner.connection.quic.close_reason().is_some()
+    }
+
     /// Ends the session because the peer broke the protocol.
     pub fn misbehaved(&self, why: &str) {
         log::warn!("peer {} broke the protocol: {why}", self.peer().short());

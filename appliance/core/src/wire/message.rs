@@ -161,10 +161,12 @@ pub enum RefuseCode {
     Deleted,
     /// The primary no longer has the frames that the secondary needs.
     TooFarBehind,
+    /// The primary was asked to drain, and goes on instead.
+    NotDrained,
 }
 
 impl RefuseCode {
-    const ALL: [Self; 7] = [
+    const ALL: [Self; 8] = [
         Self::Fenced,
         Self::Diverged,
         Self::Paused,
@@ -172,6 +174,7 @@ impl RefuseCode {
         Self::NameTaken,
         Self::Deleted,
         Self::TooFarBehind,
+        Self::NotDrained,
     ];
 
     const fn code(self) -> u8 {
@@ -183,6 +186,7 @@ impl RefuseCode {
             Self::NameTaken => 5,
             Self::Deleted => 6,
             Self::TooFarBehind => 7,
+            Self::NotDrained => 8,
         }
     }
 }

@@ -136,6 +136,7 @@ fn refusal_bytes_are_pinned() {
         (RefuseCode::NameTaken, "05"),
         (RefuseCode::Deleted, "06"),
         (RefuseCode::TooFarBehind, "07"),
+        (RefuseCode::NotDrained, "08"),
     ] {
         let message = Message::Refuse(Refuse { group, code, text: "no".into(), epochs: None });
         let encoded = message.encode();

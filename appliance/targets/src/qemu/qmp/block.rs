@@ -121,6 +121,23 @@ impl Qmp {
         self.ask("query-status", Value::Null).await
     }
 
+    /// Has the machine stand still (`stop`). What its guest has asked its disks for before is done
+    /// when this returns.
+    ///
+    /// # Errors
+    /// Those of [`Qmp::execute`].
+    pub async fn stop(&self) -> Result<(), QmpError> {
+        self.execute("stop", Value::Null).await.map(drop)
+    }
+
+    /// Lets it go on (`cont`).
+    ///
+    /// # Errors
+    /// Those of [`Qmp::execute`].
+    pub async fn cont(&self) -> Result<(), QmpError> {
+        self.execute("cont", Value::Null).await.map(drop)
+    }
+
     /// All named nodes, without what lies below each (`query-named-block-nodes`).
     ///
     /// # Errors

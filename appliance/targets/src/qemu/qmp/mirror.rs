@@ -27,7 +27,7 @@
 use std::time::Duration;
 
 use serde::Serialize;
-use serde_json::{Value, json};
+use serde_json::json;
 use tokio::time::{Instant, sleep};
 
 use super::block::{BlockJob, Job};
@@ -194,10 +194,10 @@ impl Qmp {
         }
         let was_running = self.query_status().await?.running;
         if was_running {
-            self.execute("stop", Value::Null).await?;
+            self.stop().await?;
         }
         let broken = self.cancel_standing(job).await;
-        if was_running && let Err(error) = self.execute("cont", Value::Null).await {
+        if was_running && let Err(error) = self.cont().await {
             log::error!("let the machine go on after breaking off mirror {job}: {error}");
             return Err(error);
         }
@@ -250,6 +250,8 @@ impl Qmp {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::Value;
+
     use super::*;
 
     #[test]
