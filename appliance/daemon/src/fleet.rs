@@ -94,6 +94,9 @@ pub enum Source {
         qmp: PathBuf,
         /// The block node or device there.
         node: String,
+        /// This node has made the server stand still, and lets it go on if nobody takes over.
+        #[serde(default)]
+        stands_still: bool,
     },
 }
 

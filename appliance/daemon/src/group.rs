@@ -4,6 +4,7 @@
 pub mod effort;
 pub mod engine;
 mod export;
+mod handover;
 mod incoming;
 mod lag;
 mod maintainer;
@@ -17,6 +18,7 @@ mod takeover;
 mod watch;
 
 pub use export::{DiskExport, ReadOnlyExport, Slot, Slots};
+pub use incoming::FAILED_OVER;
 pub use status::{CheckpointStatus, DiskStatus, GroupStatus, LinkStatus, LogStatus};
 
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -39,6 +41,7 @@ use crate::context::Context;
 use crate::error::{Failure, Kind, Result};
 use crate::fleet::{GroupRecord, IsolatedStart, Level, Source, SourceRecord};
 use engine::{Client, Closed, Done, Engine, Op};
+use handover::Handover;
 use lag::Lag;
 use maintainer::Maintainer;
 use takeover::FENCED;
@@ -64,6 +67,10 @@ pub struct Group {
     counters: Counters,
     /// Held while a fence is put up or taken down.
     fencing: tokio::sync::Mutex<()>,
+    /// Held while an offer of the peer is judged, and while this node takes over from it.
+    offers: Arc<tokio::sync::Mutex<()>>,
+    /// Held while a recovery is begun, until it is known by its name.
+    pub(crate) recovering: tokio::sync::Mutex<()>,
     /// Who has the exports of this group open.
     pub(crate) slots: Slots,
     /// How often a mirror has opened each disk. Held while it is decided what that means.
@@ -101,10 +108,10 @@ struct Facts {
     unsafe_since: Option<srn_core::time::WallTime>,
     last_state: Option<(State, Cause)>,
     last_disk_states: std::collections::BTreeMap<DiskNo, State>,
-    /// A planned failover is draining this primary.
-    draining: bool,
-    /// This secondary is becoming primary.
-    taking_over: bool,
+    /// How far this primary is in a planned failover.
+    handover: Handover,
+    /// Mirrored disks whose servers write nothing now, and all that they wrote is here.
+    halted: std::collections::BTreeSet<DiskNo>,
     /// At start without the peer: exports stay closed until it has been heard.
     waiting_for_peer: bool,
     last_checkpoint: Option<srn_core::time::Mono>,
@@ -261,6 +268,8 @@ impl Group {
             changed: Notify::new(),
             counters: Counters::default(),
             fencing: tokio::sync::Mutex::default(),
+            offers: Arc::default(),
+            recovering: tokio::sync::Mutex::default(),
             slots: Slots::default(),
             mirror_connections: tokio::sync::Mutex::default(),
         });
@@ -427,7 +436,7 @@ impl Group {
             )));
         }
         let facts = self.facts();
-        if facts.draining {
+        if facts.handover == Handover::Draining {
             return Err(Failure::refused(format!(
                 "group {name} is being drained for a planned failover"
             )));

@@ -42,6 +42,8 @@ const SERIAL_KEEP: u64 = 16 << 20;
 pub struct Recoveries {
     context: Context,
     all: Mutex<BTreeMap<String, Arc<Recovery>>>,
+    /// Held while a name is chosen for a recovery, until it is in `all`.
+    naming: Mutex<()>,
     /// Ends of clones found at start, until their recoveries claim them.
     clones: Mutex<Vec<(Arc<Group>, EpochId, Appender)>>,
     accelerator: tokio::sync::OnceCell<srn_targets::qemu::accel::Verdict>,
@@ -161,6 +163,7 @@ impl Recoveries {
         Self {
             context: context.clone(),
             all: Mutex::default(),
+            naming: Mutex::default(),
             clones: Mutex::default(),
             accelerator: tokio::sync::OnceCell::new(),
         }

@@ -22,7 +22,7 @@ impl Node {
                 let catalog = group.catalog();
                 let found = catalog.disks.get(&disk);
                 match record.source {
-                    Source::Mirror { qmp, node } => {
+                    Source::Mirror { qmp, node, .. } => {
                         self.mirrors().start(self, &group, disk, qmp, node);
                     }
                     Source::Served if found.is_some_and(|disk| disk.content != Content::Clean) => {

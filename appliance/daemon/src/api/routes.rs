@@ -238,7 +238,8 @@ async fn add_disk(
         (None, Some(qmp), Some(device), None) => {
             let found = crate::source::find_disk(&qmp, &device).await?;
             let size = sectors(found.size_bytes)?;
-            let source = Source::Mirror { qmp: qmp.clone(), node: device.clone() };
+            let (socket, name_there) = (qmp.clone(), device.clone());
+            let source = Source::Mirror { qmp: socket, node: name_there, stands_still: false };
             let disk = group.add_disk(&name, size, source, true).await?;
             node.mirrors().start(&node, &group, disk, qmp, device);
         }

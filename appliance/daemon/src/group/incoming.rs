@@ -32,6 +32,10 @@ const WINDOWS_BYTES: u64 = 64 << 20;
 /// Less would make a group crawl: a few of the largest frames.
 const WINDOW_BYTES_MIN: u64 = 1 << 20;
 
+/// Why the history of a group that has failed over is not taken in.
+pub const FAILED_OVER: &str = "the group has failed over since; replicating back what was written \
+                               after that is not possible yet";
+
 /// The secondary's side of one session.
 #[derive(Debug)]
 pub(super) struct Incoming {
@@ -43,8 +47,8 @@ pub(super) struct Incoming {
     _acker: AbortOnDropHandle<()>,
     /// What the primary said last, and when.
     progress: Option<(Progress, Mono)>,
-    /// The last frame of a primary that was drained.
-    drained: Option<Position>,
+    /// What the primary said when it was asked to hand over: its last frame, or why it does not.
+    pub(super) drained: Option<Result<Position, String>>,
 }
 
 /// What the primary has to be told. Newer words replace older ones.
@@ -73,11 +77,6 @@ impl Incoming {
     pub(super) fn is_streaming(&self) -> bool {
         lock(&self.receiver).is_streaming()
     }
-
-    /// The last frame of a primary that was drained.
-    pub(super) const fn drained(&self) -> Option<Position> {
-        self.drained
-    }
 }
 
 fn lock(receiver: &Mutex<Receiver>) -> MutexGuard<'_, Receiver> {
@@ -87,6 +86,20 @@ fn lock(receiver: &Mutex<Receiver>) -> MutexGuard<'_, Receiver> {
 impl Group {
     /// The peer offers to go on with this group as primary.
     pub async fn on_offer(self: &Arc<Self>, session: &Session, offer: Offer, groups: usize) {
+        // One at a time, and none while this node takes over.
+        let _held = self.offers.clone().lock_owned().await;
+        let overtaken = self.session().is_some_and(|newer| newer.number() > session.number());
+        if overtaken || session.is_over() {
+            return;
+        }
+        self.judge(session, offer, groups).await;
+        // If it ended meanwhile, nobody else says so.
+        if session.is_over() {
+            self.session_down(session.number());
+        }
+    }
+
+    async fn judge(self: &Arc<Self>, session: &Session, offer: Offer, groups: usize) {
         self.look_for_failover(&offer.epochs).await;
         if let Some((code, text)) = self.objection() {
             let _ = session.send(&self.refuse(code, text)).await;
@@ -98,7 +111,14 @@ impl Group {
         let mut receiver = Receiver::new(self.id, self.store.epochs(), self.store.head());
         let window =
             (WINDOWS_BYTES / groups.max(1) as u64).clamp(WINDOW_BYTES_MIN, WINDOW_BYTES_MAX);
-        let answer = receiver.on_offer(&offer, window);
+        let answer = match receiver.on_offer(&offer, window) {
+            // The epochs of a replica are those it was made with.
+            Answer::Accept { .. } if offer.epochs.current() != self.store.epochs().current() => {
+                receiver.on_link_down();
+                Answer::Refuse(RefuseCode::Diverged)
+            }
+            answer => answer,
+        };
         let to_say: Arc<ToSay> = Arc::default();
         let acker = self.context.link().spawn(say(self.clone(), session.clone(), to_say.clone()));
         *self.side() = Side::Incoming(Incoming {
@@ -128,6 +148,9 @@ impl Group {
                         self.store.head().seq,
                         offer.oldest
                     ),
+                    _ if offer.epochs.contains(self.store.epochs().current()) => {
+                        FAILED_OVER.to_owned()
+                    }
                     _ => format!(
                         "the recovery node is at {}, which is not part of the history of the \
                          production node",
@@ -174,12 +197,7 @@ impl Group {
                 format!("group {name} is paused at the recovery node; resume it there"),
             ));
         }
-        let facts = self.facts();
-        if facts.taking_over {
-            let text = format!("group {name} is failing over at the recovery node");
-            return Some((RefuseCode::Paused, text));
-        }
-        facts.failure.as_ref().map(|(_, text)| {
+        self.facts().failure.as_ref().map(|(_, text)| {
             let text = format!("the recovery node cannot store group {name}: {text}");
             (RefuseCode::Storage, text)
         })
@@ -239,6 +257,15 @@ impl Group {
         incoming.to_say.wake.notify_one();
     }
 
+    /// The store has failed: nothing more is taken in, and the primary is told why.
+    pub(super) fn on_store_failed(&self, why: &str) {
+        if let Side::Incoming(incoming) = &mut *self.side() {
+            incoming.end();
+            let text = format!("the recovery node cannot store group {}: {why}", self.name());
+            let _ = incoming.session.try_send(&self.refuse(RefuseCode::Storage, text));
+        }
+    }
+
     /// What came does not continue the line here. The stream cannot go on; a new session finds out
     /// where the two nodes are.
     pub(super) fn on_frames_out_of_line(&self, why: &str) {
@@ -264,16 +291,6 @@ impl Group {
         }
     }
 
-    /// The primary takes no more writes; this is its last frame.
-    pub(super) fn on_drained(&self, session: &Session, last: Position) {
-        if let Side::Incoming(incoming) = &mut *self.side()
-            && incoming.session.number() == session.number()
-        {
-            incoming.drained = Some(last);
-        }
-        self.changed.notify_waiters();
-    }
-
     /// The primary labels a checkpoint.
     pub(super) async fn on_note(&self, id: CheckpointId, label: String) {
         let known =
@@ -286,49 +303,6 @@ impl Group {
         if let Err(error) = self.blocking(move || store.set_note(id, note)).await {
             log::warn!("group {}: keeping a checkpoint's label: {error}", self.name());
         }
-    }
-
-    /// Asks the primary to drain, and waits until everything it has is durable here.
-    ///
-    /// # Errors
-    /// When it does not answer in time.
-    pub async fn drain_primary(
-        self: &Arc<Self>,
-        patience: std::time::Duration,
-    ) -> crate::error::Result<Position> {
-        let name = self.name();
-        let session = self.session().ok_or_else(|| {
-            crate::error::Failure::unreachable(format!(
-                "the production node of group {name} is not connected"
-            ))
-        })?;
-        if let Side::Incoming(incoming) = &mut *self.side() {
-            incoming.drained = None;
-        }
-        session.send(&Message::Drain { group: self.id }).await?;
-        let drained = async {
-            loop {
-                let changed = self.changed.notified();
-                tokio::pin!(changed);
-                changed.as_mut().enable();
-                let last = match &*self.side() {
-                    Side::Incoming(incoming) => incoming.drained(),
-                    _ => None,
-                };
-                if let Some(last) = last
-                    && self.store.head().seq >= last.seq
-                {
-                    return last;
-                }
-                let _ = tokio::time::timeout(std::time::Duration::from_millis(100), changed).await;
-            }
-        };
-        tokio::time::timeout(patience, drained).await.map_err(|_| {
-            crate::error::Failure::unreachable(format!(
-                "the production node of group {name} did not drain within {}",
-                humantime::format_duration(patience)
-            ))
-        })
     }
 }
 

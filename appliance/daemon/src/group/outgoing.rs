@@ -4,17 +4,13 @@
 //! never wait; frames are sent by the pump, which waits for the link, for new frames, for credit.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
 
-use srn_core::epoch::Position;
-use srn_core::frame::MarkKind;
-use srn_core::ids::{CheckpointId, FrameHash, Seq};
+use srn_core::ids::{FrameHash, Seq};
 use srn_core::sender::{PeerFault, Phase, Sender, Stop};
 use srn_core::state::{Cause, Link};
 use srn_core::time::Mono;
 use srn_core::wire::{Accept, Message, Offer, OfferedDisk, Progress, Refuse, RefuseCode};
 use srn_link::Session;
-use srn_store::group::{Change, OwnedRecord};
 use srn_store::manifest::Fence;
 use tokio::sync::Notify;
 use tokio_util::task::AbortOnDropHandle;
@@ -26,10 +22,8 @@ use crate::clock;
 use crate::error::Result;
 use crate::fleet::Level;
 
-/// How long a planned failover waits for what clients have asked for before.
-const DRAIN_PATIENCE: Duration = Duration::from_secs(45);
-
-/// The time after which a group that the peer could not store is offered again, in microseconds.
+/// The time after which a group that does not flow in this session is offered again, in
+/// microseconds.
 const OFFER_AGAIN_US: u64 = 5_000_000;
 
 /// The primary's side of one session.
@@ -145,20 +139,37 @@ impl Group {
         Ok(())
     }
 
-    /// What the peer could not store is offered again now and then: it says when a group has room
-    /// again, but a group that it could not even make is not there to say so.
+    /// What does not flow although there is a session is offered again now and then. What the peer
+    /// could not store: it says when a group has room again, but a group that it could not even make
+    /// is not there to say so. A stream that ended by itself: its log was trimmed, or its reader
+    /// gave up.
     pub(super) async fn offer_again(self: &Arc<Self>) {
+        if self.facts().failure.is_some() {
+            return;
+        }
         let session = match &*self.side() {
             Side::Outgoing(outgoing)
-                if *lock(&outgoing.sender).phase()
-                    == Phase::Stopped(Stop::Refused(RefuseCode::Storage))
-                    && clock::mono().since(outgoing.offered) >= OFFER_AGAIN_US =>
+                if matches!(
+                    lock(&outgoing.sender).phase(),
+                    Phase::Offline | Phase::Stopped(Stop::Refused(RefuseCode::Storage))
+                ) && clock::mono().since(outgoing.offered) >= OFFER_AGAIN_US =>
             {
                 outgoing.session.clone()
             }
             _ => return,
         };
         self.session_up(&session).await;
+    }
+
+    /// Whether frames flow in this session.
+    pub(super) fn streams_to(&self, session: &Session) -> bool {
+        match &*self.side() {
+            Side::Outgoing(outgoing) => {
+                outgoing.session.number() == session.number()
+                    && matches!(lock(&outgoing.sender).phase(), Phase::Streaming(_))
+            }
+            _ => false,
+        }
     }
 
     /// New frames are durable here.
@@ -280,31 +291,11 @@ impl Group {
         self.review();
     }
 
-    /// A primary that was drained, or that waited for the peer's word, goes on.
-    async fn peer_has_not_taken_over(self: &Arc<Self>, lifts: Option<Fence>) {
-        let waited = std::mem::take(&mut self.facts().waiting_for_peer);
-        let held = self.fencing.lock().await;
-        let handover = lifts.is_some() && self.fence() == lifts;
-        if handover {
-            let store = self.store.clone();
-            match self.blocking(move || store.set_fence(None)).await {
-                Ok(()) => {
-                    self.facts().draining = false;
-                    self.engine().reopen();
-                    let text = "the peer did not take over: this node goes on as primary";
-                    self.context.event(Level::Info, Some(&self.name()), text);
-                }
-                Err(error) => log::error!("group {}: lifting the fence: {error}", self.name()),
-            }
-        }
-        drop(held);
-        if waited || handover {
-            self.changed.notify_waiters();
-        }
-    }
-
     /// The peer refuses.
     pub(super) async fn on_refuse(self: &Arc<Self>, session: &Session, refuse: Refuse) {
+        if refuse.code == RefuseCode::NotDrained {
+            return self.on_not_drained(session, refuse.text);
+        }
         let fenced = {
             let mut side = self.side();
             let Side::Outgoing(outgoing) = &mut *side else { return };
@@ -389,61 +380,6 @@ impl Group {
             self.session_up(session).await;
         }
         self.review();
-    }
-
-    /// The peer wants to take over in good order: no more writes, everything sent, then the word.
-    pub(super) async fn on_drain(self: &Arc<Self>, session: &Session) {
-        let name = self.name();
-        if self.check_writable().is_err() {
-            return;
-        }
-        self.facts().draining = true;
-        let text = "draining for a planned failover: no more writes are taken";
-        self.context.event(Level::Warning, Some(&name), text);
-        self.changed.notify_waiters();
-        // What was asked for before is appended first; what comes after is refused.
-        let marked = tokio::time::timeout(DRAIN_PATIENCE, self.append_final()).await;
-        let here = self.session().is_some_and(|current| current.number() == session.number());
-        let last = match marked {
-            Ok(Ok(last)) if here => last,
-            marked => {
-                let why = match marked {
-                    Ok(Ok(_)) => "the peer that asked for it is gone".to_owned(),
-                    Ok(Err(error)) => error.to_string(),
-                    Err(_) => "what waits cannot be appended in time".to_owned(),
-                };
-                log::warn!("group {name}: draining failed, production goes on: {why}");
-                return self.goes_on_as_primary();
-            }
-        };
-        let fence = Fence { cause: Cause::Handover, epochs: None, since: clock::wall() };
-        if let Err(error) = self.fence_off(fence).await {
-            log::error!("group {name}: writing down the fence: {error}");
-            // Closed for that fence, and there is none.
-            if self.fence().is_none() {
-                self.engine().reopen();
-            }
-            return self.goes_on_as_primary();
-        }
-        // The stream goes on: the peer takes over when it has the last frame.
-        let _ = session.send(&Message::Drained { group: self.id, last }).await;
-    }
-
-    /// Nobody takes over: clients are served again.
-    fn goes_on_as_primary(&self) {
-        self.facts().draining = false;
-        // A fence that was put up meanwhile stays, and so does a store that failed.
-        self.engine().go_on();
-        self.changed.notify_waiters();
-        self.review();
-    }
-
-    /// Appends the mark behind which nothing comes.
-    async fn append_final(&self) -> Result<Position> {
-        let mark = OwnedRecord::Mark(CheckpointId(clock::random()), MarkKind::Final);
-        let why = "drained for a planned failover";
-        let appended = self.engine().append_last(vec![Change::Record(mark)], why).await;
-        appended.map_err(|closed| crate::error::Failure::refused(closed.to_string()))
     }
 
     /// Tells the peer how far this node is, if there is anybody to tell.

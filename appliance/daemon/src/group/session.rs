@@ -111,6 +111,22 @@ impl Group {
         }
     }
 
+    /// The group is about to be deleted at this node. A primary hears of it, and does not make it
+    /// anew in this session.
+    pub async fn tell_deleted(&self) {
+        if self.role() == Role::Secondary
+            && let Some(session) = self.session()
+        {
+            let text = format!(
+                "{} has deleted its replica of group {}; pause and resume the group here to \
+                 replicate it anew",
+                self.context.config().name,
+                self.name()
+            );
+            let _ = session.send(&self.refuse(RefuseCode::Deleted, text)).await;
+        }
+    }
+
     /// The session with the peer is gone.
     pub fn session_down(&self, number: u64) {
         let same = self.session().is_some_and(|session| session.number() == number);

@@ -7,15 +7,20 @@ use srn_core::ids::{EpochId, Seq};
 use srn_core::state::Cause;
 use srn_core::wire::RefuseCode;
 use srn_store::group::Appender;
-use srn_store::manifest::Fence;
+use srn_store::manifest::{Fence, Role};
+use tokio::sync::OwnedMutexGuard;
 
 use super::Group;
 use super::engine::Engine;
 use super::lag::Lag;
 use super::watch::Watch;
 use crate::clock;
-use crate::error::{Failure, Result};
+use crate::error::{Failure, Kind, Result};
 use crate::fleet::Level;
+
+/// No offer of the peer is judged while this is there.
+#[derive(Debug)]
+pub struct NoOffers(OwnedMutexGuard<()>);
 
 /// What clients of a fenced group are told.
 pub(super) const FENCED: &str = "fenced: the recovery node has taken over this group";
@@ -34,16 +39,19 @@ impl Group {
         Ok(())
     }
 
+    /// From here on the old primary hears no more that it may go on, until what is returned is
+    /// dropped: its offers wait.
+    pub async fn hold_offers(&self) -> NoOffers {
+        NoOffers(self.offers.clone().lock_owned().await)
+    }
+
     /// Ends the reign of the old primary: this node goes on from frame `seq` in a new epoch.
     ///
     /// # Errors
     /// When the position is not kept, or the store fails.
-    pub async fn take_over(self: &Arc<Self>, seq: Seq) -> Result<Position> {
-        // From here on the old primary hears no more that it may go on.
-        self.facts().taking_over = true;
-        let result = self.take_over_from(seq).await;
-        self.facts().taking_over = false;
-        let head = result?;
+    pub async fn take_over(self: &Arc<Self>, held: &NoOffers, seq: Seq) -> Result<Position> {
+        debug_assert!(Arc::ptr_eq(&self.offers, OwnedMutexGuard::mutex(&held.0)));
+        let head = self.take_over_from(seq).await?;
         *self.lag() = Lag::default();
         let name = self.name();
         self.context.event(
@@ -73,6 +81,15 @@ impl Group {
                     this.replace_engine(appender)?;
                     Ok(head)
                 }
+                Err(error) if this.role() == Role::Primary => {
+                    // The fork is there, and only its first frame is not.
+                    let text = format!(
+                        "this node has taken over, but cannot write: {error}; mend that and \
+                         restart the daemon"
+                    );
+                    this.facts().failure = Some((Cause::DiskFailed, text.clone()));
+                    Err(Failure::new(Kind::Storage, text))
+                }
                 Err(error) => {
                     // Go on as before: the main line is what it was.
                     this.reopen_engine()?;
@@ -99,7 +116,12 @@ impl Group {
         let _held = self.fencing.lock().await;
         self.engine().close(why);
         let store = self.store.clone();
-        self.blocking(move || store.set_fence(Some(fence))).await?;
+        let written = self.blocking(move || store.set_fence(Some(fence))).await;
+        if self.store.is_closed() {
+            // Deleted meanwhile: nothing is left that a fence could be for.
+            return Ok(());
+        }
+        written?;
         self.changed.notify_waiters();
         self.review();
         Ok(())

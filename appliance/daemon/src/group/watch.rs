@@ -63,6 +63,7 @@ impl Watcher for Watch {
         };
         group.facts().failure = Some((cause, error.to_string()));
         log::error!("group {}: {error}", group.name());
+        group.on_store_failed(&error.to_string());
         group.changed.notify_waiters();
         group.review();
     }

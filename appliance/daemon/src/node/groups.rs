@@ -204,6 +204,7 @@ impl Node {
                 running.join(", ")
             )));
         }
+        group.tell_deleted().await;
         self.mirrors.forget(&group, None).await;
         self.context.fleet().remove_group(&group.id().to_string())?;
         self.groups_lock().remove(&group.id());
@@ -212,6 +213,8 @@ impl Node {
         let role = group.role();
         let removed = tokio::task::spawn_blocking(move || {
             group.shut_down();
+            // A word from the peer may still be on its way to the manifest.
+            group.store().close();
             remove_dir(dir)
         });
         removed.await.map_err(|error| Failure::internal(format!("a task ended: {error}")))??;

@@ -492,6 +492,10 @@ impl Node {
             );
             return Err((RefuseCode::NameTaken, text));
         }
+        if offer.epochs.list().len() > 1 {
+            let text = format!("group {}: {}", offer.name, crate::group::FAILED_OVER);
+            return Err((RefuseCode::Diverged, text));
+        }
         self.make_replica(session, offer).await.map_err(|error| {
             let text = format!("the recovery node cannot store group {}: {error}", offer.name);
             (RefuseCode::Storage, text)

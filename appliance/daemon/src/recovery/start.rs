@@ -1,6 +1,6 @@
 //! Starting a recovery: choosing the point, taking over or cloning, running the machine.
 
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -86,6 +86,8 @@ impl Recoveries {
         request: RecoveryRequest,
     ) -> Result<RecoveryStatus> {
         let asked = clock::mono();
+        // One at a time, so that a second one sees what the first has done.
+        let one_at_a_time = group.recovering.lock().await;
         check_group(group, &request)?;
         let host =
             Host::find().map_err(|missing| Failure::new(Kind::Missing, missing.to_string()))?;
@@ -104,7 +106,8 @@ impl Recoveries {
         } else {
             (self.take_over(group, &request).await?, group.store().epochs().current(), None)
         };
-        // Another recovery may have begun since.
+        // Another recovery may have begun since, and none can before this one is known.
+        let naming = self.naming.lock().unwrap_or_else(PoisonError::into_inner);
         let id = self.free_id(group, request.test);
         let record = RecoveryRecord {
             id: id.clone(),
@@ -136,6 +139,8 @@ impl Recoveries {
             machine: tokio::sync::Mutex::default(),
         });
         self.lock().insert(id, recovery.clone());
+        drop(naming);
+        drop(one_at_a_time);
         let Some(plan) = plan else {
             recovery.progress().phase = Phase::Served;
             return Ok(recovery.status());
@@ -247,24 +252,23 @@ impl Recoveries {
         }
         // Before anything is changed: is there such a point at all?
         choose(group, &request.at)?;
+        let held = group.hold_offers().await;
         let point = if planned {
-            let drained = group.drain_primary(DRAIN_PATIENCE).await;
-            if let Err(error) = drained {
-                return Err(let_go_on(group, error).await);
-            }
+            let _ = group.drain_primary(&held, DRAIN_PATIENCE).await?;
             // What came in meanwhile counts, and whether a resync was under way at the end.
             match choose(group, &request.at) {
                 Ok(point) => point,
-                Err(error) => return Err(let_go_on(group, error).await),
+                Err(error) => return Err(group.let_primary_go_on(error).await),
             }
         } else {
             run_hook(group).await?;
             // What came in meanwhile counts.
             choose(group, &request.at)?
         };
-        match group.take_over(point.seq).await {
+        match group.take_over(&held, point.seq).await {
             Ok(_) => Ok(point),
-            Err(error) => Err(let_go_on(group, error).await),
+            Err(error) if group.role() == Role::Primary => Err(error),
+            Err(error) => Err(group.let_primary_go_on(error).await),
         }
     }
 
@@ -426,15 +430,6 @@ impl Group {
     pub fn choose_point(&self, at: &str) -> Result<(Seq, String)> {
         choose(self, at).map(|point| (point.seq, point.words))
     }
-}
-
-/// The failover has failed: a production node that was drained for it goes on once it finds, in a
-/// new session, that nobody has taken over.
-async fn let_go_on(group: &Group, error: Failure) -> Failure {
-    if let Some(session) = group.session() {
-        session.close("the failover failed; production goes on").await;
-    }
-    error
 }
 
 /// Runs the program that makes sure that production is off.

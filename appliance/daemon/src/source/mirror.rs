@@ -8,7 +8,8 @@
 //!
 //! Production comes first: the server's writes never wait for a node that is gone. The job pauses
 //! and remembers what the server wrote meanwhile; when the node is back it is resumed and sends just
-//! that. From the moment at which QEMU connects anew until both sides are equal again the disk is in
+//! that. For a planned failover the server is made to stand still, and goes on if nobody takes over.
+//! From the moment at which QEMU connects anew until both sides are equal again the disk is in
 //! a resync ([`Group::mirror_connected`]): what was missed and what is new arrive in no order.
 
 use std::collections::BTreeMap;
@@ -221,6 +222,7 @@ impl Mirror {
             return Err(Ended::Closed(error.message));
         }
         let monitor = Qmp::connect(&self.qmp, PATIENCE).await?;
+        self.let_go_on(&monitor).await?;
         let mut events = monitor.events();
         let node = monitor.find_disk(&self.device).await?;
         let node = node.ok_or_else(|| {
@@ -250,9 +252,13 @@ impl Mirror {
                     }
                     Ok(EventKind::JobError { job, operation, .. }) if job == self.names.job => {
                         watch.failed = Some(operation);
+                        watch.in_sync = false;
                         self.look(&monitor, &mut watch).await?;
                     }
                     Ok(EventKind::Shutdown { reason, .. }) => {
+                        // Its writes were answered by us, or it has said that they were not.
+                        let whole = watch.in_sync && self.content() == Content::Clean;
+                        self.group.set_halted(self.disk, whole);
                         return Ok(format!("the server was shut down ({reason})"));
                     }
                     Ok(_) | Err(EventError::Missed(_) | EventError::Timeout(_)) => {}
@@ -266,7 +272,41 @@ impl Mirror {
                 end_job(&monitor, &self.names).await;
                 return Err(Ended::Closed(error.message));
             }
+            if self.group.is_halting() {
+                self.halt(&monitor, &mut watch).await?;
+            } else {
+                self.let_go_on(&monitor).await?;
+            }
         }
+    }
+
+    /// For a planned failover the server stands still. Once it does, and the job is in step, all that
+    /// it wrote is here.
+    async fn halt(&self, monitor: &Qmp, watch: &mut Watch) -> std::result::Result<(), Ended> {
+        if monitor.query_status().await?.running {
+            // Remembered first: after a crash it is let go on.
+            let remembered = self.group.set_server_stands_still(self.disk, true);
+            remembered.map_err(|error| Ended::Failed(error.message))?;
+            // QEMU finishes what its guest has asked for before it answers.
+            monitor.stop().await?;
+            log::info!("group {}: the server of {} stands still", self.group.name(), self.export);
+        }
+        watch.in_sync = false;
+        self.look(monitor, watch).await?;
+        self.group.set_halted(self.disk, watch.in_sync && self.content() == Content::Clean);
+        Ok(())
+    }
+
+    /// A server that was made to stand still goes on, unless the group is handed over.
+    async fn let_go_on(&self, monitor: &Qmp) -> std::result::Result<(), Ended> {
+        self.group.set_halted(self.disk, false);
+        if !self.group.server_stands_still(self.disk) {
+            return Ok(());
+        }
+        monitor.cont().await?;
+        log::info!("group {}: the server of {} goes on", self.group.name(), self.export);
+        let forgotten = self.group.set_server_stands_still(self.disk, false);
+        forgotten.map_err(|error| Ended::Failed(error.message))
     }
 
     /// Whether there is a job of ours already, from before this daemon was started. One that has
@@ -354,6 +394,7 @@ impl Mirror {
             return self.resume(monitor, watch).await;
         }
         self.group.source_state(self.disk, None);
+        watch.in_sync = job.is_in_sync();
         if job.is_in_sync() {
             self.group.copy_progress(self.disk, None);
             // Everything that was copied, and every write since, has been answered by us, so it is
@@ -409,11 +450,13 @@ struct Watch {
     sent: Rate,
     /// What failed last: `read` or `write`.
     failed: Option<String>,
+    /// Whether it followed the server when it was looked at last, and has not failed since.
+    in_sync: bool,
 }
 
 impl Watch {
     fn new() -> Self {
-        Self { copied: Rate::default(), sent: Rate::default(), failed: None }
+        Self { copied: Rate::default(), sent: Rate::default(), failed: None, in_sync: false }
     }
 
     fn rate(&mut self, copied: u64) -> u64 {

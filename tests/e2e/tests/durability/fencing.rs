@@ -329,17 +329,21 @@ async fn a_replica_that_was_deleted_is_missed_and_made_again() {
     let (mut production, mut recovery) = protected(&lab).await;
     recovery.expect_in_log("the replica was deleted here");
     production.expect_in_log("it was deleted or set back");
+    production.expect_in_log("disconnected: the peer refuses");
     let client = production.open(&export_of(DISK)).await;
     write_pieces(&client, 1..60).await;
     production.in_step(GROUP).await;
     let _ = recovery.srn(&["group", "delete", GROUP, "--yes"]).await.done();
     write_pieces(&client, 60..80).await;
-    let apart = |group: &serde_json::Value| group["state"] == "disconnected";
-    let group = production.group_until(GROUP, "nothing is sent any more", apart).await;
+    let told = |group: &serde_json::Value| {
+        group["detail"].as_str().unwrap_or("").contains("has deleted its replica")
+    };
+    let group = production.group_until(GROUP, "it hears of the deletion", told).await;
     assert_eq!(group["safe"], false, "{group:#}");
-    // With the next session it is made again, from the first frame on.
-    recovery.stop().await;
-    recovery.start().await;
+    assert_eq!(recovery.json(&["group", "list"]).await, serde_json::json!([]));
+    // What that says to do makes it again, from the first frame on.
+    let _ = production.srn(&["group", "pause", GROUP]).await.done();
+    let _ = production.srn(&["group", "resume", GROUP]).await.done();
     let expected = read_all(&client).await.expect("the disk is read");
     expect_replica(&production, &recovery, DISK, &expected, "the deletion of the replica").await;
     let events = production.srn(&["events"]).await.done().out;
@@ -397,4 +401,72 @@ async fn pausing_and_deleting_take_nothing() {
     let _ = recovery.srn(&["group", "delete", GROUP, "--yes"]).await.done();
     let groups = recovery.json(&["group", "list"]).await;
     assert_eq!(groups, serde_json::json!([]));
+}
+
+/// Production is not stopped for a failover that cannot be done.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_group_that_does_not_flow_is_not_handed_over() {
+    let lab = Lab::new();
+    let (mut production, mut recovery) = protected(&lab).await;
+    expect_failover(&mut production, &mut recovery);
+    production.expect_in_log("draining for a planned failover");
+    production.expect_in_log("fenced: drained for a planned failover");
+    let client = production.open(&export_of(DISK)).await;
+    production.expect_in_log("disconnected: the peer refuses");
+    let run = ["failover", "run", GROUP, "--no-start", "--yes"];
+
+    let _ = recovery.srn(&["group", "pause", GROUP]).await.done();
+    recovery.srn(&run).await.refused(6, &["is paused", "--force"]);
+    write_pieces(&client, 1..10).await;
+    let _ = recovery.srn(&["group", "resume", GROUP]).await.done();
+    production.in_step(GROUP).await;
+
+    let _ = production.srn(&["group", "pause", GROUP]).await.done();
+    recovery.srn(&run).await.refused(6, &["production node", "--force"]);
+    write_pieces(&client, 10..20).await;
+    let _ = production.srn(&["group", "resume", GROUP]).await.done();
+    production.in_step(GROUP).await;
+    let group = production.group(GROUP).await;
+    assert_eq!(group["state"], "streaming", "{group:#}");
+    let expected = read_all(&client).await.expect("the disk is read");
+
+    // Two who want it at once: one gets it.
+    let (one, other) = tokio::join!(recovery.srn(&run), recovery.srn(&run));
+    let (won, lost) = if one.code == 0 { (one, other) } else { (other, one) };
+    let _ = won.done();
+    lost.refused(5, &["was failed over and runs as"]);
+    let recovered = recovery.open(RECOVERED).await;
+    let found = read_all(&recovered).await.expect("the recovered disk is read");
+    expect_same(&found, &expected, "the recovered disk");
+}
+
+/// Where the fenced group was deleted, the new primary's history is not taken in, and says so once.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_was_written_after_a_failover_does_not_go_back_yet() {
+    const WHY: &str = "has failed over since";
+    let lab = Lab::new();
+    let (mut production, mut recovery) = protected(&lab).await;
+    expect_failover(&mut production, &mut recovery);
+    production.expect_in_log("draining for a planned failover");
+    production.expect_in_log("fenced: drained for a planned failover");
+    production.expect_in_log("the group was deleted here");
+    production.expect_in_log(WHY);
+    let client = production.open(&export_of(DISK)).await;
+    write_pieces(&client, 1..10).await;
+    let _ = recovery.srn(&["failover", "run", GROUP, "--no-start", "--yes"]).await.done();
+    let _ = production.srn(&["group", "delete", GROUP, "--yes"]).await.done();
+    production.stop().await;
+    production.start().await;
+    let events = async || production.srn(&["events"]).await.done().out;
+    wait_for("the old production node refuses", PATIENCE, async || {
+        events().await.contains(WHY).then_some(())
+    })
+    .await;
+    let groups = production.json(&["group", "list"]).await;
+    assert_eq!(groups, serde_json::json!([]));
+    // The session between the two is none the worse.
+    let peers = production.json(&["peer", "list"]).await;
+    assert_eq!(peers[0]["connected"], true, "{peers:#}");
+    let events = events().await;
+    assert_eq!(events.matches(WHY).count(), 1, "{events}");
 }
