@@ -509,7 +509,7 @@ impl Group {
         source: Source,
         fills: bool,
     ) -> Result<DiskNo> {
-        self.check_writable()?;
+        self.check_changeable()?;
         let catalog = self.catalog();
         if catalog.by_name(name.as_str()).is_some() {
             return Err(self.has_disk(name));
@@ -543,7 +543,7 @@ impl Group {
     /// # Errors
     /// When it does not exist, or nothing can be appended.
     pub async fn remove_disk(&self, name: &str) -> Result<DiskNo> {
-        self.check_writable()?;
+        self.check_changeable()?;
         let (disk, _) = self.disk(name)?;
         self.append_now(vec![OwnedRecord::DiskRemove(disk)]).await?;
         let forgotten =

@@ -345,7 +345,7 @@ impl Node {
     /// link. Recovered servers go on: their disks come back with the next start.
     pub async fn stop(self: &Arc<Self>) {
         self.stopping.cancel();
-        self.mirrors.stop();
+        self.mirrors.stop(&self.groups()).await;
         self.nbd.shutdown(NBD_PATIENCE).await;
         self.groups().iter().for_each(|group| group.fall_silent());
         self.close_sessions("the node is stopping").await;

@@ -295,7 +295,7 @@ async fn remove_disk(
 ) -> Result<Json<GroupStatus>> {
     let group = node.find_group(&group)?;
     let (no, _) = group.disk(&disk)?;
-    group.check_writable()?;
+    group.check_changeable()?;
     node.mirrors().forget(&group, Some(no)).await;
     node.disconnect(&group, &format!("{}/{disk}", group.name()));
     group.remove_disk(&disk).await?;

@@ -5,8 +5,9 @@
 //! Invariants:
 //! * behind the final mark nothing is answered, and from the moment that the secondary is told of it
 //!   the primary is fenced, durably;
-//! * that fence is lifted only by the secondary's acceptance of an offer made behind it; while it
-//!   takes over, the secondary judges no offers.
+//! * that fence is lifted only by the secondary's answer to an offer made behind it; while it takes
+//!   over, the secondary judges no offers;
+//! * a server that was made to stand still goes on if and only if the primary does.
 //!
 //! It refuses to know how a server is made to stand still, and which point is recovered.
 
@@ -90,12 +91,13 @@ impl Group {
             return refused("is being drained already");
         }
         facts.handover = Handover::Halting;
+        // Whoever stands still says so anew.
+        facts.halted.clear();
         Ok(())
     }
 
     async fn hand_over(self: &Arc<Self>, session: &Session) -> Result<()> {
         self.servers_halted().await?;
-        self.facts().handover = Handover::Draining;
         self.changed.notify_waiters();
         // What was asked for before is appended first; what comes after is refused.
         let marked = tokio::time::timeout(DRAIN_PATIENCE, self.append_final()).await;
@@ -104,6 +106,9 @@ impl Group {
         })?;
         if !self.streams_to(session) {
             return Err(Failure::refused("the peer that asked for it is gone"));
+        }
+        if !self.catalog().is_clean() {
+            return Err(Failure::refused("a disk's initial replication or resync has begun"));
         }
         let fence = Fence { cause: Cause::Handover, epochs: None, since: clock::wall() };
         if let Err(error) = self.fence_off(fence).await {
@@ -123,15 +128,11 @@ impl Group {
         Ok(())
     }
 
-    /// Waits until the servers that have their own disks write nothing more.
+    /// Waits until the servers that have their own disks write nothing more; from then on no more
+    /// writes are taken.
     async fn servers_halted(&self) -> Result<()> {
-        let mirrored = |source: &crate::fleet::SourceRecord| match source.source {
-            Source::Mirror { .. } => Some(DiskNo(source.disk)),
-            Source::Served => None,
-        };
-        let all: Vec<DiskNo> = self.settings().sources.iter().filter_map(mirrored).collect();
         let halted = async {
-            while !all.iter().all(|disk| self.facts().halted.contains(disk)) {
+            while !self.drains_if_halted() {
                 let _ = tokio::time::timeout(LOOK, self.changed.notified()).await;
             }
         };
@@ -143,21 +144,77 @@ impl Group {
         })
     }
 
+    /// In one step, so that no server is let go on in between.
+    fn drains_if_halted(&self) -> bool {
+        let disks = self.catalog().disks;
+        let mirrored: Vec<DiskNo> = self
+            .settings()
+            .sources
+            .iter()
+            .filter(|record| matches!(record.source, Source::Mirror { .. }))
+            .map(|record| DiskNo(record.disk))
+            // What could not be added may have left its source behind.
+            .filter(|disk| disks.contains_key(disk))
+            .collect();
+        let mut facts = self.facts();
+        let all = mirrored.iter().all(|disk| facts.halted.contains(disk));
+        if all {
+            facts.handover = Handover::Draining;
+        }
+        all
+    }
+
     /// Whether the servers of this group shall stand still.
     #[must_use]
     pub fn is_halting(&self) -> bool {
         self.facts().handover == Handover::Halting
     }
 
-    /// Whether a mirrored disk's server writes nothing now, and all that it wrote is here.
-    pub fn set_halted(&self, disk: DiskNo, halted: bool) {
-        let changed = {
+    /// A mirrored disk's server writes nothing now, and all that it wrote is here.
+    pub fn halted(&self, disk: DiskNo) {
+        {
             let mut facts = self.facts();
-            if halted { facts.halted.insert(disk) } else { facts.halted.remove(&disk) }
-        };
-        if changed {
-            self.changed.notify_waiters();
+            if facts.handover != Handover::Halting {
+                return;
+            }
+            facts.halted.insert(disk);
         }
+        self.changed.notify_waiters();
+    }
+
+    /// Takes that back.
+    pub fn not_halted(&self, disk: DiskNo) {
+        self.facts().halted.remove(&disk);
+    }
+
+    /// Whether a server that was made to stand still may go on: nobody is about to take over, or
+    /// has.
+    #[must_use]
+    pub fn may_go_on(&self) -> bool {
+        self.role() == Role::Primary
+            && self.fence().is_none()
+            && self.facts().handover == Handover::No
+    }
+
+    /// Whether a planned failover is under way, and may still come to nothing.
+    #[must_use]
+    pub fn is_handed_over_now(&self) -> bool {
+        self.facts().handover != Handover::No && self.fence().is_none()
+    }
+
+    /// Whether disks may join and leave now.
+    ///
+    /// # Errors
+    /// As [`Group::check_writable`], and while a planned failover is under way.
+    pub fn check_changeable(&self) -> Result<()> {
+        self.check_writable()?;
+        if self.facts().handover == Handover::No {
+            return Ok(());
+        }
+        Err(Failure::conflict(format!(
+            "group {} is being handed over in a planned failover; wait for its end",
+            self.name()
+        )))
     }
 
     /// Whether this node has made a mirrored disk's server stand still.
@@ -200,7 +257,7 @@ impl Group {
         appended.map_err(|closed| Failure::refused(closed.to_string()))
     }
 
-    /// The peer has accepted an offer: it has not taken over. A primary that was drained before
+    /// The peer has answered an offer: it has not taken over. A primary that was drained before
     /// that offer, or that waited for the peer's word, goes on.
     pub(super) async fn peer_has_not_taken_over(self: &Arc<Self>, lifts: Option<Fence>) {
         let waited = std::mem::take(&mut self.facts().waiting_for_peer);

@@ -102,7 +102,7 @@ impl Group {
     async fn judge(self: &Arc<Self>, session: &Session, offer: Offer, groups: usize) {
         self.look_for_failover(&offer.epochs).await;
         if let Some((code, text)) = self.objection() {
-            let _ = session.send(&self.refuse(code, text)).await;
+            let _ = session.send(&self.answer(code, text)).await;
             return;
         }
         // Frames of an earlier stream must be durable or dropped before this is judged.
@@ -158,7 +158,7 @@ impl Group {
                     ),
                 };
                 self.context.event(Level::Alert, Some(&self.name()), &text);
-                self.refuse(code, text)
+                self.answer(code, text)
             }
         };
         let _ = session.send(&message).await;
@@ -180,6 +180,13 @@ impl Group {
         if let Err(error) = self.fence_off(fence).await {
             log::error!("group {}: writing down the fence: {error}", self.name());
         }
+    }
+
+    /// The refusal of an offer, with the epochs here as the proof of whether this node has taken
+    /// over.
+    fn answer(&self, code: RefuseCode, text: String) -> Message {
+        let epochs = Some(self.store.epochs());
+        Message::Refuse(srn_core::wire::Refuse { group: self.id, code, text, epochs })
     }
 
     /// Why no offer can be taken now.

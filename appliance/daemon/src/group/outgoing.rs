@@ -5,6 +5,7 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use srn_core::epoch::EpochTable;
 use srn_core::ids::{FrameHash, Seq};
 use srn_core::sender::{PeerFault, Phase, Sender, Stop};
 use srn_core::state::{Cause, Link};
@@ -144,7 +145,8 @@ impl Group {
     /// is not there to say so. A stream that ended by itself: its log was trimmed, or its reader
     /// gave up.
     pub(super) async fn offer_again(self: &Arc<Self>) {
-        if self.facts().failure.is_some() {
+        // A log that cannot be read would end every stream.
+        if self.facts().failure.as_ref().is_some_and(|(cause, _)| *cause != Cause::LogFull) {
             return;
         }
         let session = match &*self.side() {
@@ -296,7 +298,7 @@ impl Group {
         if refuse.code == RefuseCode::NotDrained {
             return self.on_not_drained(session, refuse.text);
         }
-        let fenced = {
+        let (fenced, lifts) = {
             let mut side = self.side();
             let Side::Outgoing(outgoing) = &mut *side else { return };
             if outgoing.session.number() != session.number() {
@@ -304,7 +306,12 @@ impl Group {
             }
             outgoing.pump = None;
             outgoing.refused = Some((refuse.code, refuse.text.clone()));
-            lock(&outgoing.sender).on_refuse(refuse.code, refuse.epochs.as_ref())
+            let fenced = lock(&outgoing.sender).on_refuse(refuse.code, refuse.epochs.as_ref());
+            // Only the answer to an offer bears the peer's epochs. They are ours: it has not taken
+            // over.
+            let same = refuse.epochs.as_ref().map(EpochTable::current)
+                == Some(self.store.epochs().current());
+            (fenced, if same { outgoing.lifts.take() } else { None })
         };
         log::info!("group {}: the peer refuses: {}", self.name(), refuse.text);
         if fenced {
@@ -313,6 +320,9 @@ impl Group {
             if let Err(error) = self.fence_off(fence).await {
                 log::error!("group {}: writing down the fence: {error}", self.name());
             }
+        }
+        if lifts.is_some() {
+            self.peer_has_not_taken_over(lifts).await;
         }
         self.review();
     }

@@ -150,9 +150,20 @@ impl Mirrors {
         }
     }
 
-    /// Drives nothing any more; jobs go on for as long as QEMU waits for us.
-    pub fn stop(&self) {
-        self.lock().clear();
+    /// Drives nothing any more; jobs go on for as long as QEMU waits for us, and so do servers that
+    /// stood still for a failover which came to nothing.
+    pub async fn stop(&self, groups: &[Arc<Group>]) {
+        let tasks = std::mem::take(&mut *self.lock());
+        for ((id, disk), Running { qmp, _task, .. }) in tasks {
+            drop(_task);
+            let Some(group) = groups.iter().find(|group| group.id() == id) else { continue };
+            if group.server_stands_still(disk)
+                && let Ok(monitor) = Qmp::connect(&qmp, PATIENCE).await
+                && let Err(error) = let_go_on(group, disk, &monitor).await
+            {
+                log::warn!("group {}: a server stands still: {error}", group.name());
+            }
+        }
     }
 }
 
@@ -166,6 +177,18 @@ async fn end_job(monitor: &Qmp, names: &Names) {
         Err(error) => log::warn!("cannot end the mirror {}: {error}", names.job),
     }
     let _ = monitor.blockdev_del(&names.target).await;
+}
+
+/// Lets a server go on that was made to stand still for a failover, unless that may still come
+/// about, or has.
+async fn let_go_on(group: &Group, disk: DiskNo, monitor: &Qmp) -> Result<()> {
+    if !group.server_stands_still(disk) || !group.may_go_on() {
+        return Ok(());
+    }
+    group.not_halted(disk);
+    monitor.cont().await.map_err(unreachable)?;
+    log::info!("group {}: the server of disk {} goes on", group.name(), disk.0);
+    group.set_server_stands_still(disk, false)
 }
 
 struct Mirror {
@@ -195,8 +218,11 @@ impl From<QmpError> for Ended {
 
 impl Mirror {
     async fn run(self) {
+        // Whether the server was shut down while it was followed, and not started again.
+        let mut off = false;
         loop {
-            let ended = self.follow().await;
+            let ended = self.follow(&mut off).await;
+            self.group.not_halted(self.disk);
             self.group.copy_progress(self.disk, None);
             let (Err(Ended::Failed(why) | Ended::Closed(why)) | Ok(why)) = ended;
             self.group.source_state(self.disk, Some(why));
@@ -212,16 +238,17 @@ impl Mirror {
     }
 
     /// Has the mirror running, for as long as it runs. Returns why it does not.
-    async fn follow(&self) -> std::result::Result<String, Ended> {
+    async fn follow(&self, off: &mut bool) -> std::result::Result<String, Ended> {
         // After a full log the group decides when there is room enough to begin anew.
         if let Err(error) = self.group.try_again() {
             // Production does not wait for a mirror that nobody listens to.
             if let Ok(monitor) = Qmp::connect(&self.qmp, PATIENCE).await {
                 end_job(&monitor, &self.names).await;
+                self.let_go_on(&monitor).await?;
             }
             return Err(Ended::Closed(error.message));
         }
-        let monitor = Qmp::connect(&self.qmp, PATIENCE).await?;
+        let monitor = self.monitor(off).await?;
         self.let_go_on(&monitor).await?;
         let mut events = monitor.events();
         let node = monitor.find_disk(&self.device).await?;
@@ -257,11 +284,11 @@ impl Mirror {
                     }
                     Ok(EventKind::Shutdown { reason, .. }) => {
                         // Its writes were answered by us, or it has said that they were not.
-                        let whole = watch.in_sync && self.content() == Content::Clean;
-                        self.group.set_halted(self.disk, whole);
+                        *off = watch.in_sync && self.content() == Content::Clean;
                         return Ok(format!("the server was shut down ({reason})"));
                     }
-                    Ok(_) | Err(EventError::Missed(_) | EventError::Timeout(_)) => {}
+                    Err(EventError::Missed(_)) => watch.in_sync = false,
+                    Ok(_) | Err(EventError::Timeout(_)) => {}
                     Err(EventError::Lost(error)) => {
                         return Ok(format!("the server's QEMU is gone: {error}"));
                     }
@@ -270,6 +297,7 @@ impl Mirror {
             }
             if let Err(error) = self.group.check_writable() {
                 end_job(&monitor, &self.names).await;
+                self.let_go_on(&monitor).await?;
                 return Err(Ended::Closed(error.message));
             }
             if self.group.is_halting() {
@@ -293,20 +321,28 @@ impl Mirror {
         }
         watch.in_sync = false;
         self.look(monitor, watch).await?;
-        self.group.set_halted(self.disk, watch.in_sync && self.content() == Content::Clean);
+        if watch.in_sync && self.content() == Content::Clean {
+            self.group.halted(self.disk);
+        } else {
+            self.group.not_halted(self.disk);
+        }
         Ok(())
     }
 
     /// A server that was made to stand still goes on, unless the group is handed over.
     async fn let_go_on(&self, monitor: &Qmp) -> std::result::Result<(), Ended> {
-        self.group.set_halted(self.disk, false);
-        if !self.group.server_stands_still(self.disk) {
-            return Ok(());
+        let let_go = let_go_on(&self.group, self.disk, monitor).await;
+        let_go.map_err(|error| Ended::Failed(error.message))
+    }
+
+    /// The server's monitor.
+    async fn monitor(&self, off: &mut bool) -> std::result::Result<Qmp, Ended> {
+        let found = Qmp::connect(&self.qmp, PATIENCE).await;
+        match &found {
+            Err(QmpError::Connect { .. }) if *off => self.group.halted(self.disk),
+            _ => *off = false,
         }
-        monitor.cont().await?;
-        log::info!("group {}: the server of {} goes on", self.group.name(), self.export);
-        let forgotten = self.group.set_server_stands_still(self.disk, false);
-        forgotten.map_err(|error| Ended::Failed(error.message))
+        Ok(found?)
     }
 
     /// Whether there is a job of ours already, from before this daemon was started. One that has

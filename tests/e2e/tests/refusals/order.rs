@@ -4,9 +4,9 @@ use quinn::{Connection, RecvStream, SendStream};
 use srn_core::epoch::{Epoch, EpochTable, Position};
 use srn_core::frame::envelope::Envelope;
 use srn_core::frame::{Builder, HeaderFields};
-use srn_core::ids::{EpochId, Seq};
+use srn_core::ids::{EpochId, GroupId, Seq};
 use srn_core::time::{LogTime, WallTime};
-use srn_core::wire::{Accept, Message, Offer, StreamHeader};
+use srn_core::wire::{Accept, Message, Offer, Refuse, RefuseCode, StreamHeader};
 use srn_e2e::{Lab, Node, PATIENCE, wait_for};
 
 use crate::common::{content, facts, protect, write_blocks};
@@ -72,8 +72,18 @@ async fn stream_begins(connection: &Connection) {
     begins.await.expect("frames come").expect("a stream");
 }
 
+/// The node is asked to drain, and says that it has.
+async fn drain(say: &mut SendStream, listen: &mut RecvStream, group: GroupId) -> Position {
+    say.write_all(&Message::Drain { group }.encode()).await.expect("said");
+    hear(listen, |message| match message {
+        Message::Drained { last, .. } => Some(last),
+        _ => None,
+    })
+    .await
+}
+
 #[tokio::test]
-async fn an_acceptance_from_before_the_drain_does_not_lift_its_fence() {
+async fn only_an_answer_to_an_offer_from_behind_it_lifts_the_fence_of_a_drain() {
     let lab = Lab::new();
     let (mut production, mut recovery) = lab.pair().await;
     protect(&production, "web", Some("recovery"), "1M").await;
@@ -84,29 +94,60 @@ async fn an_acceptance_from_before_the_drain_does_not_lift_its_fence() {
     production.expect_in_log("no connection to the peer");
     production.expect_in_log("draining for a planned failover");
     production.expect_in_log("fenced");
+    let state = async || production.group("web").await["state"].clone();
 
+    // Not before frames flow.
     let (connection, mut say, mut listen) = session(&production, &key).await;
     let offer = hear_offer(&mut listen).await;
-    // It is drained first, and the answer to its offer comes after that.
     say.write_all(&Message::Drain { group: offer.group }.encode()).await.expect("said");
-    let last = hear(&mut listen, |message| match message {
-        Message::Drained { last, .. } => Some(last),
+    let code = hear(&mut listen, |message| match message {
+        Message::Refuse(refuse) => Some(refuse.code),
         _ => None,
     })
     .await;
-    assert!(last.seq >= offer.head.seq);
-    let accept =
-        Accept { group: offer.group, nonce: offer.nonce, position: offer.head, credit: 1 << 20 };
-    say.write_all(&Message::Accept(accept).encode()).await.expect("said");
+    assert_eq!(code, RefuseCode::NotDrained);
+    assert_ne!(state().await, "fenced");
+    let accept = Message::Accept(Accept {
+        group: offer.group,
+        nonce: offer.nonce,
+        position: offer.head,
+        credit: 1 << 20,
+    });
+    say.write_all(&accept.encode()).await.expect("said");
     stream_begins(&connection).await;
-    let group = production.group("web").await;
-    assert_eq!(group["state"], "fenced", "{group:#}");
+    let last = drain(&mut say, &mut listen, offer.group).await;
+    assert!(last.seq >= offer.head.seq);
+    assert_eq!(state().await, "fenced");
     connection.close(0u32.into(), b"enough");
 
-    // The answer to an offer made behind the fence lifts it.
+    // The answer to that offer again, and a refusal that says nothing of epochs.
+    let (connection, mut say, mut listen) = session(&production, &key).await;
+    let behind = hear_offer(&mut listen).await;
+    assert_ne!(behind.nonce, offer.nonce);
+    let refuse = |epochs| {
+        let (group, code, text) = (offer.group, RefuseCode::Storage, "no room".to_owned());
+        Message::Refuse(Refuse { group, code, text, epochs }).encode()
+    };
+    say.write_all(&accept.encode()).await.expect("said");
+    say.write_all(&refuse(None)).await.expect("said");
+    // It has heard both when it answers the next word.
+    say.write_all(&Message::Drain { group: offer.group }.encode()).await.expect("said");
+    let code = hear(&mut listen, |message| match message {
+        Message::Refuse(refuse) => Some(refuse.code),
+        _ => None,
+    })
+    .await;
+    assert_eq!(code, RefuseCode::NotDrained);
+    assert_eq!(state().await, "fenced");
+    // One that proves that nobody has taken over, although the group cannot be replicated.
+    say.write_all(&refuse(Some(behind.epochs.clone()))).await.expect("said");
+    wait_for("production goes on", PATIENCE, async || (state().await != "fenced").then_some(()))
+        .await;
+    write_blocks(&production, "web/root", 0, 1, 1).await;
+    connection.close(0u32.into(), b"enough");
+
     recovery.start().await;
     production.in_step("web").await;
-    write_blocks(&production, "web/root", 0, 1, 1).await;
     let head = production.group("web").await["head"].as_u64();
     wait_for("recovery has what was written", PATIENCE, async || {
         (recovery.group("web").await["head"].as_u64() >= head).then_some(())
@@ -137,14 +178,24 @@ async fn frames_of_an_epoch_that_the_replica_does_not_have_are_not_taken_in() {
     let before = content(&lab, &recovery, "web", "root").await;
     let facts_before = facts(&recovery).await;
 
-    recovery.expect_in_log("does not continue the replica");
     let epoch = Epoch { id: EpochId([7; 16]), forked_from: offer.head };
     let line = [offer.epochs.list(), &[epoch]].concat();
-    offer.epochs = EpochTable::from_list(line).expect("one line");
-    offer.nonce += 1;
+    let newer = EpochTable::from_list(line).expect("one line");
     let behind = offer.head;
-    offer.head.epoch = epoch.id;
     let (connection, mut say, mut listen) = session(&recovery, &key).await;
+    recovery.expect_in_log("has failed over since");
+    let refused = Offer { epochs: newer, nonce: offer.nonce + 1, ..offer.clone() };
+    say.write_all(&Message::Offer(refused).encode()).await.expect("said");
+    let refused = hear(&mut listen, |message| match message {
+        Message::Refuse(refuse) => Some(refuse),
+        _ => None,
+    })
+    .await;
+    assert_eq!(refused.code, RefuseCode::Diverged, "{}", refused.text);
+    // One that offers what is there, and then sends something else.
+    recovery.expect_in_log("what the production node sends is not sound");
+    recovery.expect_in_log("broke the protocol");
+    offer.nonce += 2;
     say.write_all(&Message::Offer(offer.clone()).encode()).await.expect("said");
     let accept = hear(&mut listen, |message| match message {
         Message::Accept(accept) => Some(accept),
@@ -159,7 +210,7 @@ async fn frames_of_an_epoch_that_the_replica_does_not_have_are_not_taken_in() {
     frames.write_all(&empty_frame(&offer, epoch.id, behind)).await.expect("sent");
     let (code, why, _) = closed(&connection).await;
     assert_eq!(code, MISBEHAVED, "{why}");
-    assert!(why.contains("does not continue the replica"), "{why}");
+    assert!(why.contains("does not continue this history"), "{why}");
     assert_eq!(facts(&recovery).await, facts_before);
     assert_eq!(content(&lab, &recovery, "web", "root").await, before);
     production.start().await;
