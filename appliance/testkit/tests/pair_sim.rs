@@ -30,14 +30,13 @@ use srn_store::frame::Frame;
 use srn_store::group::{Appender, Change, Cursor, Group, NewGroup, Options, Retention};
 use srn_store::io::BufPool;
 use srn_store::manifest::{Fence, Keep, Role};
-use srn_testkit::{Chance, Fault, SimDisk, seeds};
+use srn_testkit::seeds::{self, Coverage};
+use srn_testkit::{Chance, Fault, SimDisk};
 
 const DISKS: u32 = 2;
 const SECTORS: u64 = 400;
 const WINDOW: u64 = 256 * 1024;
 const GROUP: GroupId = GroupId([1; 16]);
-
-type Coverage = BTreeMap<&'static str, u64>;
 
 fn now(clock: u64) -> Now {
     Now { mono: Mono(clock), wall: WallTime(1_700_000_000_000_000 + clock as i64) }
@@ -571,26 +570,5 @@ const WANTED: [&str; 10] = [
 
 #[test]
 fn two_nodes_stay_in_step() {
-    let seeds = seeds(300);
-    let mut coverage = Coverage::new();
-    for seed in seeds.clone() {
-        match std::panic::catch_unwind(|| run(seed)) {
-            Ok(seen) => {
-                for (what, count) in seen {
-                    *coverage.entry(what).or_default() += count;
-                }
-            }
-            Err(panic) => {
-                println!("replay with SIM_SEED={seed}");
-                std::panic::resume_unwind(panic);
-            }
-        }
-    }
-    for (what, count) in &coverage {
-        println!("{count:8} {what}");
-    }
-    if seeds.end - seeds.start >= 300 {
-        let missing: Vec<_> = WANTED.iter().filter(|what| !coverage.contains_key(*what)).collect();
-        assert!(missing.is_empty(), "these never happened: {missing:?}");
-    }
+    seeds::run(300, &WANTED, run);
 }

@@ -26,13 +26,11 @@ use srn_store::group::{
     Appender, Change, Group, NewGroup, Opened, Options, Retention, Shared, Worked,
 };
 use srn_store::manifest::{Keep, Role};
-use srn_testkit::{Chance, Fault, SimDisk, seeds};
+use srn_testkit::seeds::{self, Coverage};
+use srn_testkit::{Chance, Fault, SimDisk};
 
 const DISKS: u32 = 2;
 const SECTORS: u64 = 600;
-
-/// How often each thing happened over all seeds: a run counts only if all of them did.
-type Coverage = BTreeMap<&'static str, u64>;
 
 struct World {
     chance: Chance,
@@ -571,27 +569,5 @@ const WANTED: [&str; 30] = [
 
 #[test]
 fn the_store_keeps_its_promises() {
-    let seeds = seeds(400);
-    let mut coverage = Coverage::new();
-    for seed in seeds.clone() {
-        let result = std::panic::catch_unwind(|| run(seed));
-        match result {
-            Ok(seen) => {
-                for (what, count) in seen {
-                    *coverage.entry(what).or_default() += count;
-                }
-            }
-            Err(panic) => {
-                println!("replay with SIM_SEED={seed}");
-                std::panic::resume_unwind(panic);
-            }
-        }
-    }
-    for (what, count) in &coverage {
-        println!("{count:8} {what}");
-    }
-    if seeds.end - seeds.start >= 400 {
-        let missing: Vec<_> = WANTED.iter().filter(|what| !coverage.contains_key(*what)).collect();
-        assert!(missing.is_empty(), "these never happened: {missing:?}");
-    }
+    seeds::run(400, &WANTED, run);
 }
