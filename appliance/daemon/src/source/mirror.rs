@@ -222,7 +222,9 @@ impl Mirror {
         let mut off = false;
         loop {
             let ended = self.follow(&mut off).await;
-            self.group.not_halted(self.disk);
+            if !off {
+                self.group.not_halted(self.disk);
+            }
             self.group.copy_progress(self.disk, None);
             let (Err(Ended::Failed(why) | Ended::Closed(why)) | Ok(why)) = ended;
             self.group.source_state(self.disk, Some(why));
@@ -340,7 +342,10 @@ impl Mirror {
         let found = Qmp::connect(&self.qmp, PATIENCE).await;
         match &found {
             Err(QmpError::Connect { .. }) if *off => self.group.halted(self.disk),
-            _ => *off = false,
+            _ => {
+                *off = false;
+                self.group.not_halted(self.disk);
+            }
         }
         Ok(found?)
     }
