@@ -18,6 +18,7 @@ mod takeover;
 mod watch;
 
 pub use export::{DiskExport, ReadOnlyExport, Slot, Slots};
+pub use handover::Kept;
 pub use incoming::FAILED_OVER;
 pub use status::{CheckpointStatus, DiskStatus, GroupStatus, LinkStatus, LogStatus};
 
@@ -110,6 +111,10 @@ struct Facts {
     last_disk_states: std::collections::BTreeMap<DiskNo, State>,
     /// How far this primary is in a planned failover.
     handover: Handover,
+    /// Who does not want it to be handed over now.
+    kept: u32,
+    /// Whether this node has become primary is not known: the medium failed in the middle.
+    fork_uncertain: bool,
     /// Mirrored disks whose servers write nothing now, and all that they wrote is here.
     halted: std::collections::BTreeSet<DiskNo>,
     /// At start without the peer: exports stay closed until it has been heard.
@@ -428,9 +433,19 @@ impl Group {
             )));
         }
         if let Some(fence) = fence {
+            let way_out = if fence.cause == Cause::Handover {
+                format!(
+                    "it goes on when the recovery node says that it has not taken over (when that \
+                     node is lost for good: srn group resume {name} --yes-not-taken-over)"
+                )
+            } else {
+                format!(
+                    "nothing is written here any more (when nothing here is needed: srn group \
+                     delete {name})"
+                )
+            };
             return Err(Failure::refused(format!(
-                "group {name} is fenced since {}: {}; nothing is written here any more (when \
-                 nothing here is needed: srn group delete {name})",
+                "group {name} is fenced since {}: {}; {way_out}",
                 clock::rfc3339(fence.since),
                 fence.cause
             )));
@@ -503,13 +518,14 @@ impl Group {
     /// [`Kind::Conflict`] when the name is taken; [`Kind::Invalid`] for a source that cannot be;
     /// [`Kind::Storage`] when there is no room.
     pub async fn add_disk(
-        &self,
+        self: &Arc<Self>,
         name: &Name,
         sectors: u64,
         source: Source,
         fills: bool,
     ) -> Result<DiskNo> {
-        self.check_changeable()?;
+        self.check_writable()?;
+        let _kept = self.keep()?;
         let catalog = self.catalog();
         if catalog.by_name(name.as_str()).is_some() {
             return Err(self.has_disk(name));
@@ -543,7 +559,7 @@ impl Group {
     /// # Errors
     /// When it does not exist, or nothing can be appended.
     pub async fn remove_disk(&self, name: &str) -> Result<DiskNo> {
-        self.check_changeable()?;
+        self.check_writable()?;
         let (disk, _) = self.disk(name)?;
         self.append_now(vec![OwnedRecord::DiskRemove(disk)]).await?;
         let forgotten =
@@ -684,6 +700,11 @@ impl Group {
             // The next one comes when it is due, not at once.
             self.facts().last_checkpoint = Some(clock::mono());
         }
+    }
+
+    /// Writes an event down.
+    pub fn tell(&self, level: Level, text: &str) {
+        self.context.event(level, Some(&self.name()), text);
     }
 
     /// The node is stopping: from here on no change of state is told.

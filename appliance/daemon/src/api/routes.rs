@@ -158,6 +158,9 @@ pub struct GroupChange {
     pub log_cap_bytes: Option<u64>,
     /// A program that makes sure that production is off; empty for none.
     pub fence_hook: Option<PathBuf>,
+    /// A person has made sure that the peer, to which the group was handed over, has not taken over.
+    #[serde(default)]
+    pub not_taken_over: bool,
 }
 
 async fn change_group(
@@ -190,6 +193,9 @@ async fn change_group(
     })?;
     if change.isolated_start == Some(IsolatedStart::Serve) {
         group.stop_waiting();
+    }
+    if change.not_taken_over {
+        group.reclaim().await?;
     }
     if let Some(paused) = change.paused {
         group.set_paused(paused).await?;
@@ -295,10 +301,18 @@ async fn remove_disk(
 ) -> Result<Json<GroupStatus>> {
     let group = node.find_group(&group)?;
     let (no, _) = group.disk(&disk)?;
-    group.check_changeable()?;
+    group.check_writable()?;
+    let _kept = group.keep()?;
+    let source = group.settings().sources.into_iter().find(|source| source.disk == no.0);
     node.mirrors().forget(&group, Some(no)).await;
     node.disconnect(&group, &format!("{}/{disk}", group.name()));
-    group.remove_disk(&disk).await?;
+    if let Err(error) = group.remove_disk(&disk).await {
+        // It is still there, and followed as before.
+        if let Some(Source::Mirror { qmp, node: device, .. }) = source.map(|record| record.source) {
+            node.mirrors().start(&node, &group, no, qmp, device);
+        }
+        return Err(error);
+    }
     Ok(Json(node.group_status(&group)))
 }
 

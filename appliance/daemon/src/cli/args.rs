@@ -186,6 +186,10 @@ pub(super) enum GroupCommand {
     Resume {
         /// The group.
         name: String,
+        /// Production goes on although it was drained for a failover: I have made sure that the
+        /// recovery node has not taken over, and will not.
+        #[arg(long)]
+        yes_not_taken_over: bool,
     },
     /// Delete what this node keeps of a group. What the peer keeps stays.
     Delete {

@@ -195,8 +195,10 @@ async fn group(client: &Client, out: &Out, command: GroupCommand) -> Result<()> 
             let group: GroupStatus = client.patch(&path(&name)?, &change).await?;
             out.show(&group, render::group);
         }
-        GroupCommand::Pause { name } => pause(client, out, &path(&name)?, true).await?,
-        GroupCommand::Resume { name } => pause(client, out, &path(&name)?, false).await?,
+        GroupCommand::Pause { name } => pause(client, out, &path(&name)?, true, false).await?,
+        GroupCommand::Resume { name, yes_not_taken_over } => {
+            pause(client, out, &path(&name)?, false, yes_not_taken_over).await?;
+        }
         GroupCommand::Delete { name, yes } => {
             // A group that cannot be opened can still be deleted: only the question needs to know it.
             if !yes {
@@ -215,8 +217,14 @@ async fn group(client: &Client, out: &Out, command: GroupCommand) -> Result<()> 
     Ok(())
 }
 
-async fn pause(client: &Client, out: &Out, path: &str, paused: bool) -> Result<()> {
-    let change = GroupChange { paused: Some(paused), ..GroupChange::default() };
+async fn pause(
+    client: &Client,
+    out: &Out,
+    path: &str,
+    paused: bool,
+    not_taken_over: bool,
+) -> Result<()> {
+    let change = GroupChange { paused: Some(paused), not_taken_over, ..GroupChange::default() };
     let group: GroupStatus = client.patch(path, &change).await?;
     out.show(&group, |group| format!("group {} is {}", group.name, group.state));
     Ok(())

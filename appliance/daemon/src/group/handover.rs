@@ -35,6 +35,9 @@ const HALT_PATIENCE: Duration = Duration::from_secs(15);
 /// How long it waits for what clients have asked for before.
 const DRAIN_PATIENCE: Duration = Duration::from_secs(30);
 
+/// How long a node that stops waits for one that is being decided.
+const STOP_PATIENCE: Duration = Duration::from_secs(5);
+
 /// How often it looks again at what may have changed without a word.
 const LOOK: Duration = Duration::from_millis(100);
 
@@ -48,6 +51,16 @@ pub(super) enum Handover {
     Halting,
     /// No more writes are taken.
     Draining,
+}
+
+/// The group is not handed over while this is there.
+#[derive(Debug)]
+pub struct Kept(Arc<Group>);
+
+impl Drop for Kept {
+    fn drop(&mut self) {
+        self.0.facts().kept -= 1;
+    }
 }
 
 /// The primary's part.
@@ -89,6 +102,9 @@ impl Group {
         let mut facts = self.facts();
         if facts.handover != Handover::No {
             return refused("is being drained already");
+        }
+        if facts.kept > 0 {
+            return refused("is being changed, or its production node is stopping; try again");
         }
         facts.handover = Handover::Halting;
         // Whoever stands still says so anew.
@@ -132,20 +148,21 @@ impl Group {
     /// writes are taken.
     async fn servers_halted(&self) -> Result<()> {
         let halted = async {
-            while !self.drains_if_halted() {
+            while !self.drains_if_halted()? {
                 let _ = tokio::time::timeout(LOOK, self.changed.notified()).await;
             }
+            Ok(())
         };
-        tokio::time::timeout(HALT_PATIENCE, halted).await.map_err(|_| {
-            Failure::refused(
+        tokio::time::timeout(HALT_PATIENCE, halted).await.unwrap_or_else(|_| {
+            Err(Failure::refused(
                 "a mirrored server cannot be made to stand still at the production node, or is not \
                  followed there; once it is off, fail over without its consent (--force)",
-            )
+            ))
         })
     }
 
     /// In one step, so that no server is let go on in between.
-    fn drains_if_halted(&self) -> bool {
+    fn drains_if_halted(&self) -> Result<bool> {
         let disks = self.catalog().disks;
         let mirrored: Vec<DiskNo> = self
             .settings()
@@ -157,11 +174,14 @@ impl Group {
             .filter(|disk| disks.contains_key(disk))
             .collect();
         let mut facts = self.facts();
+        if facts.handover != Handover::Halting {
+            return Err(Failure::refused("the production node is stopping"));
+        }
         let all = mirrored.iter().all(|disk| facts.halted.contains(disk));
         if all {
             facts.handover = Handover::Draining;
         }
-        all
+        Ok(all)
     }
 
     /// Whether the servers of this group shall stand still.
@@ -196,25 +216,61 @@ impl Group {
             && self.facts().handover == Handover::No
     }
 
-    /// Whether a planned failover is under way, and may still come to nothing.
-    #[must_use]
-    pub fn is_handed_over_now(&self) -> bool {
-        self.facts().handover != Handover::No && self.fence().is_none()
-    }
-
-    /// Whether disks may join and leave now.
+    /// Until what is returned is dropped, the group is not handed over: its disks change, or it is
+    /// deleted.
     ///
     /// # Errors
-    /// As [`Group::check_writable`], and while a planned failover is under way.
-    pub fn check_changeable(&self) -> Result<()> {
-        self.check_writable()?;
-        if self.facts().handover == Handover::No {
-            return Ok(());
+    /// [`Kind::Conflict`] when it is being handed over already, and that is not decided.
+    pub fn keep(self: &Arc<Self>) -> Result<Kept> {
+        let decided = self.fence().is_some();
+        let mut facts = self.facts();
+        if facts.handover != Handover::No && !decided {
+            return Err(Failure::conflict(format!(
+                "a failover of group {} is under way; wait for its end",
+                self.name()
+            )));
         }
-        Err(Failure::conflict(format!(
-            "group {} is being handed over in a planned failover; wait for its end",
-            self.name()
-        )))
+        facts.kept += 1;
+        drop(facts);
+        Ok(Kept(self.clone()))
+    }
+
+    /// The node is stopping: no handover begins any more, and one that has begun is decided when
+    /// this returns, within reason.
+    pub async fn end_handovers(&self) {
+        {
+            let mut facts = self.facts();
+            facts.kept += 1;
+            if facts.handover == Handover::Halting {
+                facts.handover = Handover::No;
+            }
+        }
+        self.changed.notify_waiters();
+        let decided = async {
+            while self.facts().handover == Handover::Draining && self.fence().is_none() {
+                let _ = tokio::time::timeout(LOOK, self.changed.notified()).await;
+            }
+        };
+        let _ = tokio::time::timeout(STOP_PATIENCE, decided).await;
+    }
+
+    /// A person says that the peer has not taken over, and will not: production goes on.
+    ///
+    /// # Errors
+    /// When it was not handed over.
+    pub async fn reclaim(self: &Arc<Self>) -> Result<()> {
+        let name = self.name();
+        let fence = self.fence().filter(|fence| fence.cause == Cause::Handover);
+        if fence.is_none() {
+            return Err(Failure::conflict(format!(
+                "group {name} was not drained for a failover, so there is nothing to take back"
+            )));
+        }
+        let text = "an administrator says that the peer has not taken over, and will not";
+        self.context.event(Level::Warning, Some(&name), text);
+        self.peer_has_not_taken_over(fence).await;
+        self.review();
+        Ok(())
     }
 
     /// Whether this node has made a mirrored disk's server stand still.

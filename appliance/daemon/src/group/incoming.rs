@@ -185,7 +185,7 @@ impl Group {
     /// The refusal of an offer, with the epochs here as the proof of whether this node has taken
     /// over.
     fn answer(&self, code: RefuseCode, text: String) -> Message {
-        let epochs = Some(self.store.epochs());
+        let epochs = (!self.facts().fork_uncertain).then(|| self.store.epochs());
         Message::Refuse(srn_core::wire::Refuse { group: self.id, code, text, epochs })
     }
 

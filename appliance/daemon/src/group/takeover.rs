@@ -6,6 +6,7 @@ use srn_core::epoch::Position;
 use srn_core::ids::{EpochId, Seq};
 use srn_core::state::Cause;
 use srn_core::wire::RefuseCode;
+use srn_store::StoreError;
 use srn_store::group::Appender;
 use srn_store::manifest::{Fence, Role};
 use tokio::sync::OwnedMutexGuard;
@@ -88,6 +89,17 @@ impl Group {
                          restart the daemon"
                     );
                     this.facts().failure = Some((Cause::DiskFailed, text.clone()));
+                    Err(Failure::new(Kind::Storage, text))
+                }
+                Err(error @ (StoreError::Io { .. } | StoreError::Stopped(_))) => {
+                    // What the medium holds now is known at the next start, and not before.
+                    let text = format!(
+                        "the failover broke in the middle: {error}; mend that and restart the \
+                         daemon, which then knows whether this node is primary"
+                    );
+                    let mut facts = this.facts();
+                    facts.failure = Some((Cause::DiskFailed, text.clone()));
+                    facts.fork_uncertain = true;
                     Err(Failure::new(Kind::Storage, text))
                 }
                 Err(error) => {

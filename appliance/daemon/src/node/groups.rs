@@ -199,11 +199,12 @@ impl Node {
         // While one is begun it is not known yet.
         let same = group.clone();
         let begun = same.recovering.try_lock();
-        if begun.is_err() || group.is_handed_over_now() {
+        if begun.is_err() {
             return Err(Failure::conflict(format!(
                 "a failover of group {name} is under way; wait for its end"
             )));
         }
+        let _kept = group.keep()?;
         let running = self.recoveries.of_group(group.id());
         if !running.is_empty() {
             return Err(Failure::conflict(format!(

@@ -28,6 +28,7 @@ use srn_targets::qemu::qmp::{Qmp, QmpError};
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::error::{Failure, Kind, Result};
+use crate::fleet::Level;
 use crate::group::{CopyProgress, Group};
 use crate::node::Node;
 
@@ -131,21 +132,31 @@ impl Mirrors {
         self.lock().insert((group.id(), disk), running);
     }
 
-    /// Ends the mirrors of a group, or of one disk of it, in QEMU too: the server goes on alone.
+    /// Ends the mirrors of a group, or of one disk of it, in QEMU too: the server goes on alone. The
+    /// group is kept meanwhile ([`Group::keep`]).
     pub async fn forget(&self, group: &Group, disk: Option<DiskNo>) {
-        let ended: Vec<Running> = {
+        let ended: Vec<(DiskNo, Running)> = {
             let mut tasks = self.lock();
             let keys: Vec<_> = tasks
                 .keys()
                 .filter(|(id, no)| *id == group.id() && disk.is_none_or(|disk| disk == *no))
                 .copied()
                 .collect();
-            keys.iter().filter_map(|key| tasks.remove(key)).collect()
+            keys.into_iter().filter_map(|key| Some((key.1, tasks.remove(&key)?))).collect()
         };
-        for Running { qmp, names, _task } in ended {
+        for (disk, Running { qmp, names, _task }) in ended {
             drop(_task);
             if let Ok(monitor) = Qmp::connect(&qmp, PATIENCE).await {
                 end_job(&monitor, &names).await;
+                release(group, disk, &monitor).await;
+            }
+            if group.server_stands_still(disk) {
+                let text = format!(
+                    "the server behind {} stands still since the planned failover; where it shall \
+                     go on, send it cont",
+                    qmp.display()
+                );
+                group.tell(Level::Warning, &text);
             }
         }
     }
@@ -153,15 +164,17 @@ impl Mirrors {
     /// Drives nothing any more; jobs go on for as long as QEMU waits for us, and so do servers that
     /// stood still for a failover which came to nothing.
     pub async fn stop(&self, groups: &[Arc<Group>]) {
+        for group in groups {
+            group.end_handovers().await;
+        }
         let tasks = std::mem::take(&mut *self.lock());
         for ((id, disk), Running { qmp, _task, .. }) in tasks {
             drop(_task);
             let Some(group) = groups.iter().find(|group| group.id() == id) else { continue };
             if group.server_stands_still(disk)
                 && let Ok(monitor) = Qmp::connect(&qmp, PATIENCE).await
-                && let Err(error) = let_go_on(group, disk, &monitor).await
             {
-                log::warn!("group {}: a server stands still: {error}", group.name());
+                release(group, disk, &monitor).await;
             }
         }
     }
@@ -189,6 +202,13 @@ async fn let_go_on(group: &Group, disk: DiskNo, monitor: &Qmp) -> Result<()> {
     monitor.cont().await.map_err(unreachable)?;
     log::info!("group {}: the server of disk {} goes on", group.name(), disk.0);
     group.set_server_stands_still(disk, false)
+}
+
+/// The same, by somebody who cannot try again.
+async fn release(group: &Group, disk: DiskNo, monitor: &Qmp) {
+    if let Err(error) = let_go_on(group, disk, monitor).await {
+        log::warn!("group {}: a server stands still: {error}", group.name());
+    }
 }
 
 struct Mirror {
@@ -244,7 +264,7 @@ impl Mirror {
         // After a full log the group decides when there is room enough to begin anew.
         if let Err(error) = self.group.try_again() {
             // Production does not wait for a mirror that nobody listens to.
-            if let Ok(monitor) = Qmp::connect(&self.qmp, PATIENCE).await {
+            if let Ok(monitor) = self.monitor(off).await {
                 end_job(&monitor, &self.names).await;
                 self.let_go_on(&monitor).await?;
             }

@@ -94,6 +94,9 @@ async fn only_an_answer_to_an_offer_from_behind_it_lifts_the_fence_of_a_drain() 
     production.expect_in_log("no connection to the peer");
     production.expect_in_log("draining for a planned failover");
     production.expect_in_log("fenced");
+    production.expect_in_log("an administrator says that the peer has not taken over");
+    // Which is what the positions said below look like.
+    production.expect_in_log("it was deleted or set back");
     let state = async || production.group("web").await["state"].clone();
 
     // Not before frames flow.
@@ -145,6 +148,27 @@ async fn only_an_answer_to_an_offer_from_behind_it_lifts_the_fence_of_a_drain() 
         .await;
     write_blocks(&production, "web/root", 0, 1, 1).await;
     connection.close(0u32.into(), b"enough");
+
+    // Nor is production lost with a recovery node that never comes back.
+    let resume = ["group", "resume", "web", "--yes-not-taken-over"];
+    production.srn(&resume).await.refused(5, &["nothing to take back"]);
+    let (connection, mut say, mut listen) = session(&production, &key).await;
+    let offer = hear_offer(&mut listen).await;
+    let accept = Message::Accept(Accept {
+        group: offer.group,
+        nonce: offer.nonce,
+        position: offer.head,
+        credit: 1 << 20,
+    });
+    say.write_all(&accept.encode()).await.expect("said");
+    stream_begins(&connection).await;
+    let _ = drain(&mut say, &mut listen, offer.group).await;
+    connection.close(0u32.into(), b"enough");
+    let add = ["disk", "add", "web", "data", "--size", "1M"];
+    production.srn(&add).await.refused(6, &["fenced", "--yes-not-taken-over"]);
+    let _ = production.srn(&resume).await.done();
+    assert_ne!(state().await, "fenced");
+    write_blocks(&production, "web/root", 1, 1, 2).await;
 
     recovery.start().await;
     production.in_step("web").await;
