@@ -247,10 +247,7 @@ pub(super) fn group(group: &GroupStatus) -> String {
         word(&group.full_policy),
         word(&group.isolated_start)
     ));
-    out.push(match group.log.cap {
-        Some(cap) => format!("  log {} of at most {}", Size(group.log.bytes), Size(cap)),
-        None => format!("  log {}", Size(group.log.bytes)),
-    });
+    out.extend(group.log.cap.map(|cap| format!("  its log may take {}", Size(cap))));
     out.extend(group.fence_hook.as_ref().map(|hook| format!("  fence hook {}", hook.display())));
     out.push(format!(
         "  written {}, sent {} as {}, received {}; {} frames sent again after cuts",
