@@ -72,6 +72,12 @@ async fn stream_begins(connection: &Connection) {
     begins.await.expect("frames come").expect("a stream");
 }
 
+/// The acceptance of an offer, by one who has everything.
+fn accepted(offer: &Offer) -> Message {
+    let (group, nonce, position) = (offer.group, offer.nonce, offer.head);
+    Message::Accept(Accept { group, nonce, position, credit: 1 << 20 })
+}
+
 /// The node is asked to drain, and says that it has.
 async fn drain(say: &mut SendStream, listen: &mut RecvStream, group: GroupId) -> Position {
     say.write_all(&Message::Drain { group }.encode()).await.expect("said");
@@ -110,12 +116,7 @@ async fn only_an_answer_to_an_offer_from_behind_it_lifts_the_fence_of_a_drain() 
     .await;
     assert_eq!(code, RefuseCode::NotDrained);
     assert_ne!(state().await, "fenced");
-    let accept = Message::Accept(Accept {
-        group: offer.group,
-        nonce: offer.nonce,
-        position: offer.head,
-        credit: 1 << 20,
-    });
+    let accept = accepted(&offer);
     say.write_all(&accept.encode()).await.expect("said");
     stream_begins(&connection).await;
     let last = drain(&mut say, &mut listen, offer.group).await;
@@ -154,13 +155,7 @@ async fn only_an_answer_to_an_offer_from_behind_it_lifts_the_fence_of_a_drain() 
     production.srn(&resume).await.refused(5, &["nothing to take back"]);
     let (connection, mut say, mut listen) = session(&production, &key).await;
     let offer = hear_offer(&mut listen).await;
-    let accept = Message::Accept(Accept {
-        group: offer.group,
-        nonce: offer.nonce,
-        position: offer.head,
-        credit: 1 << 20,
-    });
-    say.write_all(&accept.encode()).await.expect("said");
+    say.write_all(&accepted(&offer).encode()).await.expect("said");
     stream_begins(&connection).await;
     let _ = drain(&mut say, &mut listen, offer.group).await;
     connection.close(0u32.into(), b"enough");
