@@ -270,6 +270,12 @@ impl Group {
         self.context.event(Level::Warning, Some(&name), text);
         self.peer_has_not_taken_over(fence).await;
         self.review();
+        if self.fence().is_some() {
+            return Err(Failure::new(
+                Kind::Storage,
+                format!("the fence of group {name} could not be lifted; srn events tells why"),
+            ));
+        }
         Ok(())
     }
 
@@ -328,7 +334,10 @@ impl Group {
                     let text = "the peer did not take over: this node goes on as primary";
                     self.context.event(Level::Info, Some(&self.name()), text);
                 }
-                Err(error) => log::error!("group {}: lifting the fence: {error}", self.name()),
+                Err(error) => {
+                    let text = format!("the fence could not be lifted: {error}");
+                    self.context.event(Level::Alert, Some(&self.name()), &text);
+                }
             }
         }
         drop(held);

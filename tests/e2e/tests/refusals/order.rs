@@ -78,6 +78,16 @@ fn accepted(offer: &Offer) -> Message {
     Message::Accept(Accept { group, nonce, position, credit: 1 << 20 })
 }
 
+/// The node is asked to drain, and says that it does not.
+async fn is_not_drained(say: &mut SendStream, listen: &mut RecvStream, group: GroupId) {
+    say.write_all(&Message::Drain { group }.encode()).await.expect("said");
+    let code = hear(listen, |message| match message {
+        Message::Refuse(refuse) => Some(refuse.code),
+        _ => None,
+    });
+    assert_eq!(code.await, RefuseCode::NotDrained);
+}
+
 /// The node is asked to drain, and says that it has.
 async fn drain(say: &mut SendStream, listen: &mut RecvStream, group: GroupId) -> Position {
     say.write_all(&Message::Drain { group }.encode()).await.expect("said");
@@ -108,13 +118,7 @@ async fn only_an_answer_to_an_offer_from_behind_it_lifts_the_fence_of_a_drain() 
     // Not before frames flow.
     let (connection, mut say, mut listen) = session(&production, &key).await;
     let offer = hear_offer(&mut listen).await;
-    say.write_all(&Message::Drain { group: offer.group }.encode()).await.expect("said");
-    let code = hear(&mut listen, |message| match message {
-        Message::Refuse(refuse) => Some(refuse.code),
-        _ => None,
-    })
-    .await;
-    assert_eq!(code, RefuseCode::NotDrained);
+    is_not_drained(&mut say, &mut listen, offer.group).await;
     assert_ne!(state().await, "fenced");
     let accept = accepted(&offer);
     say.write_all(&accept.encode()).await.expect("said");
@@ -132,17 +136,12 @@ async fn only_an_answer_to_an_offer_from_behind_it_lifts_the_fence_of_a_drain() 
         let (group, code, text) = (offer.group, RefuseCode::Storage, "no room".to_owned());
         Message::Refuse(Refuse { group, code, text, epochs }).encode()
     };
-    say.write_all(&accept.encode()).await.expect("said");
-    say.write_all(&refuse(None)).await.expect("said");
-    // It has heard both when it answers the next word.
-    say.write_all(&Message::Drain { group: offer.group }.encode()).await.expect("said");
-    let code = hear(&mut listen, |message| match message {
-        Message::Refuse(refuse) => Some(refuse.code),
-        _ => None,
-    })
-    .await;
-    assert_eq!(code, RefuseCode::NotDrained);
-    assert_eq!(state().await, "fenced");
+    for word in [accept.encode(), refuse(None)] {
+        say.write_all(&word).await.expect("said");
+        // It has heard that when it answers the next word.
+        is_not_drained(&mut say, &mut listen, offer.group).await;
+        assert_eq!(state().await, "fenced");
+    }
     // One that proves that nobody has taken over, although the group cannot be replicated.
     say.write_all(&refuse(Some(behind.epochs.clone()))).await.expect("said");
     wait_for("production goes on", PATIENCE, async || (state().await != "fenced").then_some(()))
