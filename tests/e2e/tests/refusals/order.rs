@@ -199,7 +199,6 @@ async fn frames_of_an_epoch_that_the_replica_does_not_have_are_not_taken_in() {
     let epoch = Epoch { id: EpochId([7; 16]), forked_from: offer.head };
     let line = [offer.epochs.list(), &[epoch]].concat();
     let newer = EpochTable::from_list(line).expect("one line");
-    let behind = offer.head;
     let (connection, mut say, mut listen) = session(&recovery, &key).await;
     recovery.expect_in_log("has failed over since");
     let refused = Offer { epochs: newer, nonce: offer.nonce + 1, ..offer.clone() };
@@ -220,7 +219,9 @@ async fn frames_of_an_epoch_that_the_replica_does_not_have_are_not_taken_in() {
         _ => None,
     })
     .await;
-    assert_eq!(accept.position, behind);
+    // An empty frame that follows the last write may not have been sent.
+    let behind = accept.position;
+    assert!(behind.seq <= offer.head.seq && behind.epoch == offer.head.epoch, "{behind}");
     let mut frames = connection.open_uni().await.expect("a stream");
     let first = behind.seq.next();
     let header = StreamHeader { group: offer.group, nonce: offer.nonce, first };
