@@ -94,8 +94,8 @@ fn a_base_that_lost_its_files_is_not_read_as_zeros() {
     let disk = SimDisk::new(SEED, 64 << 20);
     let (model, _) = written(&disk);
     let opened = open(&disk).expect("it opens");
-    let retention = Retention { keep_from: Seq(u64::MAX) };
-    while opened.group.maintain(retention).expect("work") == Worked::Something {}
+    let retention = Retention::from(Seq(u64::MAX));
+    while opened.group.maintain(&retention).expect("work") == Worked::Something {}
     same(&opened, &model);
     drop(opened);
     assert_eq!(files(&disk, "base").len(), 2, "a disk and its checksums");

@@ -438,7 +438,7 @@ impl World {
             } else {
                 (&self.primary, self.sender.acked())
             };
-            if node.group.maintain(Retention { keep_from: floor }).is_err() {
+            if node.group.maintain(&Retention::from(floor)).is_err() {
                 if secondary {
                     self.crash_secondary();
                 } else {

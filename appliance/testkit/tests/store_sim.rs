@@ -159,7 +159,7 @@ impl World {
             Seq(0)
         };
         for _ in 0..self.chance.between(1, 6) {
-            match self.group.maintain(Retention { keep_from }) {
+            match self.group.maintain(&Retention::from(keep_from)) {
                 Ok(Worked::Something) => self.saw("maintenance"),
                 Ok(Worked::Nothing) => break,
                 Err(StoreError::Full(_)) => {

@@ -125,7 +125,7 @@ fn work(
             // Not there yet, or not any more.
             None => return Ok(()),
         };
-        match store.maintain(retention) {
+        match store.maintain(&retention) {
             Ok(worked) => {
                 if let Some(group) = group.get().and_then(Weak::upgrade) {
                     if *told_full {
@@ -164,7 +164,7 @@ fn retention(group: &Group) -> Retention {
     let store = group.store();
     let catalog = store.catalog();
     if store.keep() == Keep::Cache {
-        return Retention { keep_from: Seq::ZERO };
+        return Retention::from(Seq::ZERO);
     }
     if !catalog.is_clean() && catalog.last_clean.is_none() {
         // There is no point to recover to yet: everything can go to the base.
@@ -182,5 +182,5 @@ fn retention(group: &Group) -> Retention {
 fn unsent(group: &Group, keep_from: Seq) -> Retention {
     let acked = group.store().acked();
     let sends = group.role() == Role::Primary && group.peer().is_some() && !group.has_failed_over();
-    Retention { keep_from: if sends { keep_from.min(acked) } else { keep_from } }
+    Retention::from(if sends { keep_from.min(acked) } else { keep_from })
 }

@@ -29,7 +29,7 @@ impl Group {
     /// # Errors
     /// As the volume says; [`StoreError::Full`] when there is no room for the next segment file,
     /// [`StoreError::Corrupt`] when something that would have to be moved is damaged.
-    pub fn maintain(self: &Arc<Self>, retention: Retention) -> Result<Worked> {
+    pub fn maintain(self: &Arc<Self>, retention: &Retention) -> Result<Worked> {
         if self.seal_oldest()? {
             return Ok(Worked::Something);
         }

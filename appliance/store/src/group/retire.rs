@@ -32,12 +32,28 @@ use crate::index::{Item, Merge, Place, Run};
 use crate::io::{AlignedBuf, Fs};
 use crate::manifest::{BaseMeta, PieceMeta, Purpose};
 
-/// How far back history has to stay recoverable. The caller decides; the store only makes sure
-/// that nobody who holds on to a position loses it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// What has to stay recoverable. The caller decides; the store only makes sure that nobody who
+/// holds on to a position loses it.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Retention {
-    /// Positions from this one on stay recoverable.
+    /// Positions from this one on stay recoverable, every one.
     pub keep_from: Seq,
+    /// Positions before that which stay recoverable, ascending: the checkpoints that the group's
+    /// policy keeps.
+    pub points: Vec<Seq>,
+}
+
+impl Retention {
+    /// Every position from `seq` on, and none before.
+    #[must_use]
+    pub const fn from(seq: Seq) -> Self {
+        Self { keep_from: seq, points: Vec::new() }
+    }
+
+    /// The oldest position that is still needed.
+    fn oldest(&self) -> Seq {
+        self.points.first().map_or(self.keep_from, |point| self.keep_from.min(*point))
+    }
 }
 
 /// Bytes written to the base at once.
@@ -61,7 +77,7 @@ impl Group {
     /// # Errors
     /// [`StoreError::Corrupt`] when a piece to retire is damaged: it stays where it is. As the
     /// volume says.
-    pub(super) fn retire_oldest(self: &Arc<Self>, retention: Retention) -> Result<Worked> {
+    pub(super) fn retire_oldest(self: &Arc<Self>, retention: &Retention) -> Result<Worked> {
         let Some((piece, base)) = self.retirable(retention) else { return Ok(Worked::Nothing) };
         let run = self.lock().run_of(&piece)?;
         let behind = decode_catalog(&run.catalog()?)?;
@@ -114,13 +130,13 @@ impl Group {
     }
 
     /// The piece to retire next.
-    fn retirable(&self, retention: Retention) -> Option<(PieceMeta, Arc<Base>)> {
+    fn retirable(&self, retention: &Retention) -> Option<(PieceMeta, Arc<Base>)> {
         let state = self.lock();
         let base = state.base.clone()?;
         let main = state.manifest.main;
         let piece = *state.manifest.timelines.get(&main)?.pieces.first()?;
         let line = state.lines.get(&main)?;
-        let mut floor = retention.keep_from;
+        let mut floor = retention.oldest();
         if let Some(lowest) = state.leases.lowest() {
             floor = floor.min(lowest);
         }
