@@ -5,11 +5,15 @@
 //! directions. A *frame* stream carries one group's frames, from primary to secondary: first
 //! [`StreamHeader`], then each frame as its envelope, head, encoding table and stored content.
 
+mod integrity;
 mod message;
 mod stream;
 #[cfg(test)]
 mod tests;
 
+pub use integrity::{
+    CONTENT_HASH_LEN, CannotCode, Grain, HASHES_MAX, HashRange, HashRun, Integrity, Words,
+};
 pub use message::{Accept, Hello, Message, Offer, OfferedDisk, Progress, Refuse, RefuseCode};
 pub use stream::{StreamHeader, WireFrame};
 

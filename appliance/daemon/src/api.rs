@@ -4,6 +4,7 @@
 //! open the socket. Failures are JSON too: `{"kind": ..., "message": ...}`.
 
 mod exports;
+mod integrity;
 mod routes;
 
 use std::path::Path;
@@ -18,6 +19,7 @@ use crate::error::{Failure, Kind, Result};
 use crate::node::Node;
 
 pub use exports::{ExportRequest, OpenExport};
+pub use integrity::{Said, VerifyRequest};
 pub use routes::{
     AddDisk, CheckpointRequest, GroupChange, NewCheckpoint, PairRequest, StopRequest, TokenRequest,
 };

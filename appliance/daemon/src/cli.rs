@@ -8,6 +8,7 @@ mod args;
 mod client;
 mod commands;
 mod copy;
+mod integrity;
 mod render;
 
 use std::io::Write;

@@ -6,6 +6,7 @@ pub mod engine;
 mod export;
 mod handover;
 mod incoming;
+pub mod integrity;
 mod lag;
 mod maintainer;
 mod mirrored;
@@ -74,6 +75,8 @@ pub struct Group {
     pub(crate) recovering: tokio::sync::Mutex<()>,
     /// Who has the exports of this group open.
     pub(crate) slots: Slots,
+    /// Looking at whether what is held here is what it should be.
+    integrity: integrity::Integrity,
     /// How often a mirror has opened each disk. Held while it is decided what that means.
     mirror_connections: tokio::sync::Mutex<std::collections::BTreeMap<DiskNo, u64>>,
 }
@@ -276,6 +279,7 @@ impl Group {
             offers: Arc::default(),
             recovering: tokio::sync::Mutex::default(),
             slots: Slots::default(),
+            integrity: integrity::Integrity::default(),
             mirror_connections: tokio::sync::Mutex::default(),
         });
         // Set once, here.
@@ -678,6 +682,7 @@ impl Group {
         self.periodic_checkpoint().await;
         self.offer_again().await;
         self.tell_progress();
+        self.tidy_integrity();
         self.review();
     }
 

@@ -12,6 +12,7 @@
 mod append;
 mod build;
 mod cursor;
+mod digest;
 mod fork;
 mod maintain;
 mod open;
@@ -22,6 +23,7 @@ mod view;
 pub use append::{Appender, Committed};
 pub use build::{Change, OwnedRecord, Sums};
 pub use cursor::Cursor;
+pub use digest::{GrainHash, content_hash};
 pub use maintain::Worked;
 pub use open::Opened;
 pub use retire::Retention;

@@ -3,7 +3,7 @@
 use alloc::string::String;
 use alloc::vec::Vec;
 
-use super::{VERSION, WireError, put_text, text};
+use super::{Integrity, VERSION, WireError, put_text, text};
 use crate::bytes::{Reader, Writer};
 use crate::epoch::{Epoch, EpochTable, Position};
 use crate::ids::{CheckpointId, DiskId, DiskNo, EpochId, FrameHash, GroupId, Seq};
@@ -78,6 +78,8 @@ pub enum Message {
         /// The label.
         label: String,
     },
+    /// Either node: a question about content that both hold, an answer, or a word about it.
+    Integrity(Integrity),
     /// The node removes this pairing, or goes down on purpose; the reason in words.
     Goodbye {
         /// Whether the pairing is over.
@@ -247,6 +249,7 @@ impl Message {
             Self::Accept(accept) => Some(accept.group),
             Self::Refuse(refuse) => Some(refuse.group),
             Self::Progress(progress) => Some(progress.group),
+            Self::Integrity(integrity) => Some(integrity.group),
             Self::Ack { group, .. }
             | Self::Credit { group, .. }
             | Self::Hindrance { group, .. }
@@ -360,6 +363,7 @@ impl Message {
                 put_text(out, label);
                 NOTE
             }
+            Self::Integrity(integrity) => integrity.encode(out),
             Self::Goodbye { unpaired, text } => {
                 out.put_u8(u8::from(*unpaired));
                 put_text(out, text);
@@ -459,17 +463,18 @@ fn decode_body(kind: u8, reader: &mut Reader<'_>) -> Result<Message, WireError> 
             label: text(reader)?,
         },
         GOODBYE => Message::Goodbye { unpaired: flag(reader)?, text: text(reader)? },
+        other if Integrity::is_kind(other) => Message::Integrity(Integrity::decode(other, reader)?),
         other => return Err(WireError::UnknownType(other)),
     })
 }
 
-fn put_position(out: &mut Vec<u8>, position: &Position) {
+pub(super) fn put_position(out: &mut Vec<u8>, position: &Position) {
     out.put(&position.epoch.0);
     out.put_u64(position.seq.0);
     out.put(&position.hash.0);
 }
 
-fn position(reader: &mut Reader<'_>) -> Result<Position, WireError> {
+pub(super) fn position(reader: &mut Reader<'_>) -> Result<Position, WireError> {
     Ok(Position {
         epoch: EpochId(reader.array()?),
         seq: Seq(reader.u64()?),
@@ -518,7 +523,7 @@ fn name(reader: &mut Reader<'_>) -> Result<Name, WireError> {
     text(reader)?.parse().map_err(|_| WireError::OutOfRange("name"))
 }
 
-fn flag(reader: &mut Reader<'_>) -> Result<bool, WireError> {
+pub(super) fn flag(reader: &mut Reader<'_>) -> Result<bool, WireError> {
     match reader.u8()? {
         0 => Ok(false),
         1 => Ok(true),

@@ -112,6 +112,102 @@ fn messages() -> Vec<(Message, String)> {
         ),
         (Message::Goodbye { unpaired: true, text: "bye".into() }, "070000000c010300627965".into()),
     ]
+    .into_iter()
+    .chain(integrity_messages())
+    .collect()
+}
+
+/// One of each that is about content which both nodes hold, with its bytes.
+fn integrity_messages() -> Vec<(Message, String)> {
+    let g = format!("{}0500000000000000", "aa".repeat(16));
+    let p = format!("{}0300000000000000{}", "03".repeat(16), "03".repeat(16));
+    let range = |grain| HashRange { disk: DiskNo(2), grain, first: 0x102, count: 7 };
+    let runs = vec![
+        HashRun::Zero(3),
+        HashRun::Known(vec![[0x11; 16], [0x22; 16]]),
+        HashRun::Unreadable(1),
+    ];
+    let known = format!("{}{}", "11".repeat(16), "22".repeat(16));
+    let all = [
+        (
+            Words::HashesWanted { at: position(3), range: range(Grain::Leaf) },
+            format!("52000000 20 {g} {p} 02000000 00 0201000000000000 07000000"),
+        ),
+        (
+            Words::HashesWanted { at: position(3), range: range(Grain::Page) },
+            format!("52000000 20 {g} {p} 02000000 01 0201000000000000 07000000"),
+        ),
+        (
+            Words::Hashes(runs),
+            format!("4c000000 21 {g} 03000000 00 03000000 01 02000000 {known} 02 01000000"),
+        ),
+        (
+            Words::Cannot { code: CannotCode::NoCopy, text: "no".into() },
+            format!("1e000000 22 {g} 02 0200 6e6f"),
+        ),
+        (Words::Enough, format!("19000000 23 {g}")),
+        (
+            Words::Report { alert: true, text: "bad".into() },
+            format!("1f000000 24 {g} 01 0300 626164"),
+        ),
+    ];
+    let message =
+        |words| Message::Integrity(Integrity { group: GroupId([0xaa; 16]), number: 5, words });
+    all.into_iter().map(|(words, bytes)| (message(words), bytes.replace(' ', ""))).collect()
+}
+
+#[test]
+fn reasons_for_no_answer_are_pinned() {
+    for (code, number) in [
+        (CannotCode::NotInHistory, "01"),
+        (CannotCode::NoCopy, "02"),
+        (CannotCode::Busy, "03"),
+        (CannotCode::Failed, "04"),
+    ] {
+        let words = Words::Cannot { code, text: String::new() };
+        let message =
+            Message::Integrity(Integrity { group: GroupId([0xaa; 16]), number: 5, words });
+        let encoded = message.encode();
+        let expected = format!("1c000000 22 {} 0500000000000000 {number} 0000", "aa".repeat(16));
+        assert_eq!(hex(&encoded), expected.replace(' ', ""), "{code:?}");
+        assert_eq!(Message::decode(&encoded[PREFIX_LEN..]), Ok(message));
+    }
+}
+
+/// Lengths that are claimed and impossible ranges are refused before anything is set aside.
+#[test]
+fn ranges_and_runs_of_hashes_are_bounded() {
+    let group = "aa".repeat(16);
+    let bytes = |text: String| -> Vec<u8> {
+        let text = text.replace(' ', "");
+        (0..text.len() / 2)
+            .map(|at| u8::from_str_radix(&text[2 * at..][..2], 16).unwrap())
+            .collect()
+    };
+    let p = "03".repeat(40);
+    let asked =
+        |rest: &str| Message::decode(&bytes(format!("20 {group} 0500000000000000 {p} {rest}")));
+    let told = |rest: &str| Message::decode(&bytes(format!("21 {group} 0500000000000000 {rest}")));
+    assert!(asked("02000000 00 0000000000000000 00400000").is_ok());
+    for wrong in [
+        "00100000 00 0000000000000000 01000000",
+        "02000000 02 0000000000000000 01000000",
+        "02000000 00 0000000000000040 01000000",
+        "02000000 00 0000000000000000 00000000",
+        "02000000 00 0000000000000000 01400000",
+    ] {
+        assert!(matches!(asked(wrong), Err(WireError::OutOfRange(_))), "{wrong}");
+    }
+    assert!(told("01000000 00 00400000").is_ok());
+    for wrong in [
+        "00000000",
+        "01000000 00 00000000",
+        "01000000 03 01000000",
+        "02000000 00 00400000 00 01000000",
+        "01000000 01 ffffffff",
+    ] {
+        assert!(matches!(told(wrong), Err(WireError::OutOfRange(_))), "{wrong}");
+    }
 }
 
 #[test]

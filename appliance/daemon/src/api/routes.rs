@@ -13,7 +13,7 @@ use srn_core::limits::{DISK_SECTORS_MAX, SECTOR, TEXT_MAX};
 use srn_core::name::Name;
 use srn_core::token::Token;
 
-use super::exports;
+use super::{exports, integrity};
 use crate::config::Size;
 use crate::error::{Failure, Result};
 use crate::fleet::{EventRecord, FullPolicy, IsolatedStart, PeerRecord, Source};
@@ -50,6 +50,7 @@ pub(super) fn router(node: Arc<Node>) -> Router {
         .route("/v1/groups/{group}/disks/{disk}", delete(remove_disk))
         .route("/v1/groups/{group}/checkpoints", get(checkpoints).post(create_checkpoint))
         .route("/v1/groups/{group}/recoveries", post(start_recovery))
+        .route("/v1/groups/{group}/verify", post(integrity::verify))
         .route("/v1/recoveries", get(recoveries))
         .route("/v1/recoveries/{id}", get(recovery))
         .route("/v1/recoveries/{id}/stop", post(stop_recovery))

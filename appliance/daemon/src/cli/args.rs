@@ -78,6 +78,14 @@ pub(super) enum Command {
     Failover(FailoverCommand),
     /// Turn a disk at a point in time into a file, or serve it read-only.
     Export(ExportArgs),
+    /// Compare what the two nodes hold, block by block, while writes go on.
+    Verify {
+        /// The group.
+        group: String,
+        /// Only this disk.
+        #[arg(long)]
+        disk: Option<String>,
+    },
 }
 
 #[derive(Debug, Subcommand)]

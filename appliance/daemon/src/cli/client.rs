@@ -85,6 +85,38 @@ impl Client {
         Ok((answer, stream))
     }
 
+    /// Sends a request that is answered by lines of JSON; gives each to `line` until that says that
+    /// it was the last. What is asked for ends when this is dropped.
+    pub(super) async fn lines<T: DeserializeOwned, R>(
+        &self,
+        path: &str,
+        body: &impl Serialize,
+        mut line: impl FnMut(T) -> Option<R>,
+    ) -> Result<R> {
+        let mut stream = self.send(Method::POST, path, Some(body)).await?.into_body();
+        let mut rest = Vec::new();
+        loop {
+            let frame = stream
+                .frame()
+                .await
+                .ok_or_else(|| Failure::unreachable("the daemon's answer ended early"))?
+                .map_err(|error| Failure::unreachable(format!("the daemon: {error}")))?;
+            let Some(data) = frame.data_ref() else { continue };
+            rest.extend_from_slice(data);
+            while let Some(end) = rest.iter().position(|byte| *byte == b'\n') {
+                let whole: Vec<u8> = rest.drain(..=end).collect();
+                let said = serde_json::from_slice(&whole)
+                    .map_err(|error| Failure::internal(format!("the daemon's answer: {error}")))?;
+                if let Some(last) = line(said) {
+                    return Ok(last);
+                }
+            }
+            if rest.len() > ANSWER_MAX {
+                return Err(Failure::internal("the daemon's answer is too long"));
+            }
+        }
+    }
+
     async fn send(
         &self,
         method: Method,

@@ -10,7 +10,7 @@ use super::args::{
     MachineArgs, OnFull, OnIsolatedStart, PeerCommand, Settings, TokenCommand,
 };
 use super::client::{Client, segment};
-use super::{copy, render, say, say_error};
+use super::{copy, integrity, render, say, say_error};
 use crate::api::{
     AddDisk, CheckpointRequest, ExportRequest, GroupChange, NewCheckpoint, OpenExport, PairRequest,
     StopRequest, TokenRequest,
@@ -24,13 +24,13 @@ use crate::recovery::{Phase, RecoveryRequest, RecoveryStatus, SignRequest};
 /// How often something is looked at again.
 const EVERY: Duration = Duration::from_secs(1);
 
-struct Out {
-    json: bool,
+pub(super) struct Out {
+    pub(super) json: bool,
 }
 
 impl Out {
     /// Prints an answer: as JSON, or as `text` makes of it.
-    fn show<T: Serialize>(&self, answer: &T, text: impl FnOnce(&T) -> String) {
+    pub(super) fn show<T: Serialize>(&self, answer: &T, text: impl FnOnce(&T) -> String) {
         if self.json {
             say(&serde_json::to_string_pretty(answer).unwrap_or_default());
         } else {
@@ -70,6 +70,7 @@ pub(super) async fn run(client: Client, json: bool, command: Command) -> Result<
         Command::Checkpoint(command) => checkpoint(&client, &out, command).await,
         Command::Failover(command) => failover(&client, &out, command).await,
         Command::Export(args) => export(&client, &out, args).await,
+        Command::Verify { group, disk } => integrity::verify(&client, &out, group, disk).await,
     }
 }
 

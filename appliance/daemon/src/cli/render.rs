@@ -109,6 +109,13 @@ fn group_line(group: &GroupStatus) -> String {
     if let Some(since) = &group.unsafe_since {
         text.push_str(&format!(" since {since}"));
     }
+    if let Some(work) = &group.work {
+        text.push_str(&format!(
+            "\n  {}: {}",
+            work.kind,
+            progress(work.done, work.total, work.rate)
+        ));
+    }
     text.push_str(&format!("\n  {}", at_risk(group)));
     let log = match group.log.cap {
         Some(cap) => format!("log {} of {}", Size(group.log.bytes), Size(cap)),

@@ -96,6 +96,7 @@ impl Group {
                 tokio::spawn(async move { this.on_mark_request(id).await });
             }
             Message::Note { id, label, .. } => self.on_note(id, label).await,
+            Message::Integrity(said) => self.on_integrity(session, said),
             // The node deals with these.
             Message::Hello(_) | Message::Offer(_) | Message::Goodbye { .. } => {}
         }

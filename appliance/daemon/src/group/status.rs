@@ -10,6 +10,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::atomic::Ordering;
 
+use super::integrity::WorkStatus;
 use super::{Group, Side};
 use crate::clock;
 use crate::fleet::{FullPolicy, IsolatedStart, Level, Source};
@@ -69,6 +70,9 @@ pub struct GroupStatus {
     pub fence_hook: Option<PathBuf>,
     /// Paused by a person.
     pub paused: bool,
+    /// What is being compared or scrubbed now.
+    #[serde(default)]
+    pub work: Option<WorkStatus>,
 }
 
 /// A disk as people see it.
@@ -385,6 +389,7 @@ impl Group {
             isolated_start: record.isolated_start,
             fence_hook: record.fence_hook.clone(),
             paused: record.paused,
+            work: self.integrity_work(),
         }
     }
 
