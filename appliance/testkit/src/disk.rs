@@ -11,7 +11,7 @@ mod inode;
 
 use std::collections::BTreeMap;
 use std::io::{self, IoSlice};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use srn_store::io::{Access, File, Fs};
@@ -20,6 +20,9 @@ use crate::chance::Chance;
 use inode::Inode;
 
 pub use block::{BlockDisk, Cut, PowerOff, Requests, Toll};
+
+/// Bytes that are written or lost together.
+const SECTOR: usize = 512;
 
 /// What shall go wrong.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -44,9 +47,9 @@ struct World {
     boot: u64,
     inodes: BTreeMap<u64, Inode>,
     next_inode: u64,
-    names: BTreeMap<PathBuf, u64>,
+    names: BTreeMap<String, u64>,
     /// What the name may be after a power cut: every value since its directory was synced.
-    name_versions: BTreeMap<PathBuf, Vec<Option<u64>>>,
+    name_versions: BTreeMap<String, Vec<Option<u64>>>,
     capacity: u64,
     /// Operations that change something, counted.
     operations: u64,
@@ -164,7 +167,7 @@ impl SimDisk {
     /// Flips a bit of a file, durably: rot.
     pub fn rot(&self, path: &Path, offset: u64) {
         let mut world = self.lock();
-        let inode = world.names.get(path).copied();
+        let inode = world.names.get(&key(path)).copied();
         if let Some(inode) = inode.and_then(|inode| world.inodes.get_mut(&inode)) {
             inode.rot(offset);
         }
@@ -199,12 +202,12 @@ impl SimDisk {
         Ok((world, fault))
     }
 
-    fn set_name(world: &mut World, path: &Path, target: Option<u64>) {
-        let old = world.names.get(path).copied();
-        world.name_versions.entry(path.into()).or_insert_with(|| vec![old]).push(target);
+    fn set_name(world: &mut World, name: String, target: Option<u64>) {
+        let old = world.names.get(&name).copied();
+        world.name_versions.entry(name.clone()).or_insert_with(|| vec![old]).push(target);
         match target {
-            Some(inode) => world.names.insert(path.into(), inode),
-            None => world.names.remove(path),
+            Some(inode) => world.names.insert(name, inode),
+            None => world.names.remove(&name),
         };
     }
 
@@ -218,6 +221,16 @@ fn failed(fault: Fault) -> io::Error {
         Fault::PowerCut => io::Error::other("the simulated power went off"),
         Fault::Error => io::Error::other("a simulated input/output error"),
     }
+}
+
+/// Names are compared often, and paths slowly.
+fn key(path: &Path) -> String {
+    path.to_string_lossy().into_owned()
+}
+
+/// Whether `name` lies right in the directory.
+fn is_in(name: &str, dir: &str) -> bool {
+    name.rsplit_once('/').is_some_and(|(parent, _)| parent == dir)
 }
 
 fn not_found(path: &Path) -> io::Error {
@@ -241,13 +254,14 @@ impl World {
 impl Fs for SimDisk {
     fn create(&self, path: &Path, _access: Access) -> io::Result<Arc<dyn File>> {
         let (mut world, fault) = self.operate()?;
-        if world.names.contains_key(path) {
+        let name = key(path);
+        if world.names.contains_key(&name) {
             return Err(io::ErrorKind::AlreadyExists.into());
         }
         let number = world.next_inode;
         world.next_inode += 1;
         world.inodes.insert(number, Inode::default());
-        Self::set_name(&mut world, path, Some(number));
+        Self::set_name(&mut world, name, Some(number));
         match fault {
             Some(fault) => Err(failed(fault)),
             None => Ok(self.handle(number)),
@@ -256,24 +270,25 @@ impl Fs for SimDisk {
 
     fn open(&self, path: &Path, _access: Access) -> io::Result<Arc<dyn File>> {
         let world = self.world()?;
-        let inode = *world.names.get(path).ok_or_else(|| not_found(path))?;
+        let inode = *world.names.get(&key(path)).ok_or_else(|| not_found(path))?;
         Ok(self.handle(inode))
     }
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
         let (mut world, fault) = self.operate()?;
-        let inode = *world.names.get(from).ok_or_else(|| not_found(from))?;
-        Self::set_name(&mut world, to, Some(inode));
-        Self::set_name(&mut world, from, None);
+        let inode = *world.names.get(&key(from)).ok_or_else(|| not_found(from))?;
+        Self::set_name(&mut world, key(to), Some(inode));
+        Self::set_name(&mut world, key(from), None);
         fault.map_or(Ok(()), |fault| Err(failed(fault)))
     }
 
     fn remove(&self, path: &Path) -> io::Result<()> {
         let (mut world, fault) = self.operate()?;
-        if !world.names.contains_key(path) {
+        let name = key(path);
+        if !world.names.contains_key(&name) {
             return Err(not_found(path));
         }
-        Self::set_name(&mut world, path, None);
+        Self::set_name(&mut world, name, None);
         fault.map_or(Ok(()), |fault| Err(failed(fault)))
     }
 
@@ -284,18 +299,20 @@ impl Fs for SimDisk {
 
     fn remove_dir(&self, path: &Path) -> io::Result<()> {
         let (mut world, _) = self.operate()?;
-        let inside: Vec<PathBuf> =
-            world.names.keys().filter(|name| name.starts_with(path)).cloned().collect();
+        let dir = key(path) + "/";
+        let inside: Vec<String> =
+            world.names.keys().filter(|name| name.starts_with(&dir)).cloned().collect();
         for name in inside {
-            Self::set_name(&mut world, &name, None);
+            Self::set_name(&mut world, name, None);
         }
         Ok(())
     }
 
     fn list(&self, path: &Path) -> io::Result<Vec<String>> {
         let world = self.world()?;
-        let in_dir = world.names.keys().filter(|name| name.parent() == Some(path));
-        Ok(in_dir.filter_map(|name| Some(name.file_name()?.to_str()?.to_owned())).collect())
+        let dir = key(path);
+        let in_dir = world.names.keys().filter(|name| is_in(name, &dir));
+        Ok(in_dir.filter_map(|name| Some(name.rsplit_once('/')?.1.to_owned())).collect())
     }
 
     fn sync_dir(&self, path: &Path) -> io::Result<()> {
@@ -303,7 +320,8 @@ impl Fs for SimDisk {
         if let Some(fault) = fault {
             return Err(failed(fault));
         }
-        world.name_versions.retain(|name, _| name.parent() != Some(path));
+        let dir = key(path);
+        world.name_versions.retain(|name, _| !is_in(name, &dir));
         // Files without a name, now or after a power cut, are gone.
         let kept: std::collections::BTreeSet<u64> = world
             .names
@@ -349,15 +367,30 @@ impl File for SimFile {
     fn write_at(&self, parts: &[IoSlice<'_>], offset: u64, durable: bool) -> io::Result<()> {
         let (mut guard, fault) = self.disk.operate()?;
         let world = &mut *guard;
-        let bytes: Vec<u8> = parts.iter().flat_map(|part| part.iter().copied()).collect();
+        let len = parts.iter().map(|part| part.len() as u64).sum();
         let more = world
             .inodes
             .get(&self.inode)
-            .map(|inode| inode.growth(offset, bytes.len() as u64))
+            .map(|inode| inode.growth(offset, len))
             .ok_or_else(Self::gone)?;
         world.check_space(more)?;
         let inode = world.inodes.get_mut(&self.inode).ok_or_else(Self::gone)?;
-        inode.write(&bytes, offset);
+        let mut at = offset;
+        // A sector is written at once, also where two parts meet in it.
+        let meet = parts.iter().rev().skip(1).any(|part| !part.len().is_multiple_of(SECTOR));
+        let mut joined = Vec::new();
+        if meet {
+            parts.iter().for_each(|part| joined.extend_from_slice(part));
+        }
+        let joined = [IoSlice::new(&joined)];
+        for part in if meet { &joined[..] } else { parts } {
+            if durable && fault.is_none() {
+                inode.write_durable(part, at);
+            } else {
+                inode.write(part, at);
+            }
+            at += part.len() as u64;
+        }
         match fault {
             Some(fault) => {
                 if fault == Fault::Error {
@@ -365,12 +398,7 @@ impl File for SimFile {
                 }
                 Err(failed(fault))
             }
-            None => {
-                if durable {
-                    inode.settle(offset, bytes.len() as u64);
-                }
-                Ok(())
-            }
+            None => Ok(()),
         }
     }
 

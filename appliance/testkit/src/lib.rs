@@ -4,7 +4,9 @@
 
 pub mod chance;
 pub mod disk;
+pub mod oracle;
 pub mod seeds;
+pub mod sim;
 
 pub use chance::Chance;
 pub use disk::{BlockDisk, Fault, SimDisk};

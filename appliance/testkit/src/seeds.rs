@@ -4,24 +4,39 @@
 //! business; the one that failed is named.
 
 use std::collections::BTreeMap;
-use std::panic::{RefUnwindSafe, catch_unwind, resume_unwind};
+use std::fmt;
+use std::ops::Range;
+use std::panic::{catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 /// How often each thing happened over all seeds.
 pub type Coverage = BTreeMap<&'static str, u64>;
 
+/// A simulated world.
+#[derive(Clone, Copy)]
+pub struct Simulation {
+    /// What people call it.
+    pub name: &'static str,
+    /// Lives through the world of one seed; panics when a promise is broken.
+    pub run: fn(u64) -> Coverage,
+    /// What has to have happened: a simulation that no longer tries what it is for proves nothing.
+    pub wanted: &'static [&'static str],
+}
+
+impl fmt::Debug for Simulation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Simulation({})", self.name)
+    }
+}
+
 /// Runs the simulation for `default` seeds, or as the environment says: `SIM_SEED=n` for one,
-/// `SIM_SEEDS=n` for how many, from `SIM_FROM` on. With `default` seeds or more, everything in
-/// `wanted` has to have happened: a simulation that no longer tries what it is for proves nothing.
+/// `SIM_SEEDS=n` for how many, from `SIM_FROM` on. With `default` seeds or more, everything that is
+/// wanted has to have happened.
 ///
 /// # Panics
 /// As the simulation does, once its seed is printed.
 #[expect(clippy::print_stdout, reason = "the runner shows it when the test fails")]
-pub fn run(
-    default: u64,
-    wanted: &[&str],
-    simulate: impl Fn(u64) -> Coverage + Sync + RefUnwindSafe,
-) {
+pub fn run(simulation: &Simulation, default: u64) {
     let number = |name: &str| std::env::var(name).ok().and_then(|text| text.parse::<u64>().ok());
     let seeds = if let Some(seed) = number("SIM_SEED") {
         seed..seed + 1
@@ -29,6 +44,24 @@ pub fn run(
         let from = number("SIM_FROM").unwrap_or(0);
         from..from + number("SIM_SEEDS").unwrap_or(default)
     };
+    let coverage = run_all(simulation, &seeds);
+    for (what, count) in &coverage {
+        println!("{count:8} {what}");
+    }
+    if seeds.end - seeds.start >= default {
+        let missing = missing(simulation, &coverage);
+        assert!(missing.is_empty(), "these never happened: {missing:?}");
+    }
+}
+
+/// What should have happened and did not.
+#[must_use]
+pub fn missing(simulation: &Simulation, coverage: &Coverage) -> Vec<&'static str> {
+    simulation.wanted.iter().filter(|what| !coverage.contains_key(*what)).copied().collect()
+}
+
+#[expect(clippy::print_stdout, reason = "the runner shows it when the test fails")]
+fn run_all(simulation: &Simulation, seeds: &Range<u64>) -> Coverage {
     let (next, failed) = (AtomicU64::new(seeds.start), AtomicBool::new(false));
     let work = || {
         let mut seen = Coverage::new();
@@ -37,7 +70,7 @@ pub fn run(
             if seed >= seeds.end {
                 break;
             }
-            match catch_unwind(|| simulate(seed)) {
+            match catch_unwind(|| (simulation.run)(seed)) {
                 Ok(found) => add(&mut seen, found),
                 Err(panic) => {
                     failed.store(true, Ordering::Relaxed);
@@ -59,13 +92,7 @@ pub fn run(
             }
         }
     });
-    for (what, count) in &coverage {
-        println!("{count:8} {what}");
-    }
-    if seeds.end - seeds.start >= default {
-        let missing: Vec<_> = wanted.iter().filter(|what| !coverage.contains_key(*what)).collect();
-        assert!(missing.is_empty(), "these never happened: {missing:?}");
-    }
+    coverage
 }
 
 fn add(all: &mut Coverage, some: Coverage) {

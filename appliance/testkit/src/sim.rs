@@ -1,0 +1,6 @@
+//! The simulations: real code of the other rooms in a world where everything is drawn from one seed.
+//!
+//! They refuse to know how many seeds are run, or by whom: see [`crate::seeds`].
+
+pub mod pair;
+pub mod store;

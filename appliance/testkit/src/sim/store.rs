@@ -1,0 +1,579 @@
+//! The real store on the simulated disk: append, reopen, resume reading, trim, retire, merge, clone
+//! and fail over, with power cuts and failing disks at any operation, against an oracle that holds
+//! every write.
+//!
+//! What is checked after each step (the promises are those of the design):
+//! * P1: whatever was answered is there after any crash;
+//! * P2: what is there is exactly the result of a prefix of all writes, at every position asked for;
+//! * P3: what is read is right or an error, never wrong;
+//! * P6: what was not durable is cut, what was is not.
+//!
+//! `SIM_SEED=n` replays one seed; `SIM_SEEDS=n` runs more of them.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+
+use srn_core::epoch::Position;
+use srn_core::extent::Extent;
+use srn_core::ids::{DiskNo, EpochId, GroupId, Seq};
+use srn_core::time::{Mono, Now, WallTime};
+use srn_store::StoreError;
+use srn_store::codec::Codecs;
+use srn_store::group::{
+    Appender, Change, Group, NewGroup, Opened, Options, Retention, Shared, Worked,
+};
+use srn_store::io::BufPool;
+use srn_store::manifest::{Keep, Role};
+
+use crate::oracle::{self, History, Model, Write, contents};
+use crate::seeds::{Coverage, Simulation};
+use crate::{Chance, Fault, SimDisk};
+
+const DISKS: u32 = 2;
+const SECTORS: u64 = 320;
+
+struct World {
+    chance: Chance,
+    disk: SimDisk,
+    group: Arc<Group>,
+    main: Option<Appender>,
+    clones: BTreeMap<EpochId, (Appender, Model)>,
+    keep: Keep,
+    options: Options,
+    /// Every write in order; `answered` of them were answered.
+    writes: History,
+    answered: usize,
+    /// For the head after each answered commit: how many writes it holds.
+    known: BTreeMap<Seq, usize>,
+    clock: u64,
+    next_id: u64,
+    coverage: Coverage,
+    /// Memory that outlives a restart, to be quick.
+    pool: BufPool,
+    codecs: Codecs,
+}
+
+fn now(clock: u64) -> Now {
+    Now { mono: Mono(clock), wall: WallTime(1_700_000_000_000_000 + clock as i64) }
+}
+
+impl World {
+    fn new(seed: u64) -> Self {
+        let mut chance = Chance::new(seed);
+        let keep = if chance.percent(70) { Keep::Replica } else { Keep::Cache };
+        let options = Options {
+            segment_bytes: 416 * 1024,
+            cap_bytes: if keep == Keep::Cache && chance.percent(50) {
+                416 * 1024 * chance.between(3, 6)
+            } else {
+                u64::MAX
+            },
+            fill: chance.percent(10),
+            table_entries_max: chance.between(4, 60) as usize,
+            unsealed_max: chance.between(1, 4) as usize,
+        };
+        let disk = SimDisk::new(seed, 64 << 20);
+        let new = NewGroup {
+            group: GroupId([1; 16]),
+            name: "sim".into(),
+            role: Role::Primary,
+            keep,
+            epoch: EpochId([1; 16]),
+            now: now(0),
+        };
+        let pool = BufPool::new(8 << 20);
+        let shared = oracle::shared_with(&disk, seed, &pool);
+        let opened = Group::create(&shared, options, Path::new("/g"), &new).expect("create");
+        let Opened { group, main, .. } = opened;
+        let mut world = Self {
+            chance,
+            disk,
+            group,
+            main: Some(main),
+            clones: BTreeMap::new(),
+            keep,
+            options,
+            writes: History::new(DISKS, SECTORS),
+            answered: 0,
+            known: BTreeMap::from([(Seq(0), 0)]),
+            clock: 0,
+            next_id: 2,
+            coverage: Coverage::new(),
+            pool,
+            codecs: Codecs::new(),
+        };
+        world.commit(|_| (0..DISKS).map(|no| Write::add_disk(no, SECTORS)).collect());
+        world
+    }
+
+    #[expect(clippy::print_stdout, reason = "a trace is asked for")]
+    fn saw(&mut self, what: &'static str) {
+        if std::env::var_os("SIM_TRACE").is_some() {
+            println!(
+                "{what}: head {} of {} answered {}",
+                self.group.head(),
+                self.writes.len(),
+                self.answered
+            );
+        }
+        *self.coverage.entry(what).or_default() += 1;
+    }
+
+    fn new_epoch(&mut self) -> EpochId {
+        self.next_id += 1;
+        let mut id = [0; 16];
+        id[..8].copy_from_slice(&self.next_id.to_le_bytes());
+        EpochId(id)
+    }
+
+    fn shared(&mut self) -> Shared {
+        let seed = self.chance.any();
+        oracle::shared_with(&self.disk, seed, &self.pool)
+    }
+
+    /// Appends; whatever was answered has to stay.
+    fn commit(&mut self, make: impl FnOnce(&mut Chance) -> Vec<Write>) {
+        let writes = make(&mut self.chance);
+        let changes: Vec<Change> = writes.iter().map(Write::change).collect();
+        self.clock += 1000;
+        let Some(main) = &mut self.main else { return };
+        self.writes.truncate(self.answered);
+        self.writes.extend(writes);
+        match main.commit(&changes, now(self.clock)) {
+            Ok(done) => {
+                self.answered += done.changes;
+                self.writes.truncate(self.answered);
+                self.known.insert(done.head.seq, self.answered);
+                self.saw("commit");
+                if done.full.is_some() {
+                    self.saw("log full in the middle of a commit");
+                }
+            }
+            Err(StoreError::Full(_)) => {
+                self.writes.truncate(self.answered);
+                self.saw("log full");
+            }
+            Err(_) => self.crash("failed commit"),
+        }
+    }
+
+    fn maintain(&mut self) {
+        let keep_from = if self.chance.percent(60) {
+            let known: Vec<Seq> = self.known.keys().copied().collect();
+            *self.chance.pick(&known)
+        } else {
+            Seq(0)
+        };
+        for _ in 0..self.chance.between(1, 6) {
+            match self.group.maintain(&Retention::from(keep_from)) {
+                Ok(Worked::Something) => self.saw("maintenance"),
+                Ok(Worked::Nothing) => break,
+                Err(StoreError::Full(_)) => {
+                    self.saw("no room for the next segment");
+                    break;
+                }
+                Err(_) => return self.crash("failed maintenance"),
+            }
+        }
+    }
+
+    /// The disk fails or loses power: start again, and see what is left.
+    fn crash(&mut self, why: &'static str) {
+        self.saw(why);
+        self.main = None;
+        let clones = std::mem::take(&mut self.clones);
+        let models: BTreeMap<EpochId, Model> =
+            clones.into_iter().map(|(id, (_, model))| (id, model)).collect();
+        self.disk.no_fault();
+        let power = self.disk.is_off() || self.chance.percent(50);
+        self.disk = if power {
+            self.saw("power cut");
+            self.disk.power_cycle()
+        } else {
+            self.saw("process restart");
+            self.disk.process_restart()
+        };
+        for attempt in 0.. {
+            // Opening may be cut too, a few times.
+            if attempt < 3 && self.chance.percent(40) {
+                let operations = self.chance.between(1, 30);
+                let fault = if self.chance.percent(70) { Fault::PowerCut } else { Fault::Error };
+                self.disk.fault_in(operations, fault);
+            }
+            self.clock += 1_000_000;
+            let shared = self.shared();
+            let opened = Group::open(&shared, self.options, Path::new("/g"), now(self.clock));
+            // A cut in something that does not matter is not reported, but it is a cut.
+            let cut = || StoreError::Stopped("the power went off".into());
+            let opened = if self.disk.is_off() { opened.and_then(|_| Err(cut())) } else { opened };
+            match opened {
+                Ok(opened) => {
+                    self.disk.no_fault();
+                    if opened.rewritten > 0 {
+                        self.saw("unproven frames written again");
+                    }
+                    self.group = opened.group;
+                    self.main = Some(opened.main);
+                    self.check_survivors();
+                    for (id, appender) in opened.clones {
+                        if let Some(model) = models.get(&id) {
+                            self.saw("clone survived a crash");
+                            self.clones.insert(id, (appender, model.clone()));
+                        }
+                    }
+                    self.check_clones();
+                    return;
+                }
+                Err(error) => {
+                    assert!(attempt < 4, "cannot be opened any more: {error}");
+                    self.saw("crash while opening");
+                    self.disk.no_fault();
+                    self.disk = if self.disk.is_off() || self.chance.percent(50) {
+                        self.disk.power_cycle()
+                    } else {
+                        self.disk.process_restart()
+                    };
+                }
+            }
+        }
+    }
+
+    /// P1 and P2 at the head after a restart.
+    fn check_survivors(&mut self) {
+        let head = self.group.head();
+        let last_answered = self.known.last_key_value().map_or(Seq(0), |(seq, _)| *seq);
+        assert!(
+            head.seq >= last_answered,
+            "answered frames up to {last_answered} are gone, the head is {}",
+            head.seq
+        );
+        let found = match self.keep {
+            Keep::Replica => {
+                let view = self.group.view_head().expect("view");
+                let contents = contents(&view, DISKS, SECTORS).expect("reading the head");
+                // The writes in flight: some first part of them may be there.
+                (self.answered..=self.writes.len())
+                    .find(|count| self.writes.holds(*count, &contents))
+            }
+            Keep::Cache => self.survivors_in_log(),
+        };
+        let Some(count) = found else {
+            panic!("what is there is not the result of any prefix of the writes");
+        };
+        if count > self.answered {
+            self.saw("unanswered writes survived");
+        } else if self.writes.len() > self.answered {
+            self.saw("unanswered writes were cut");
+        }
+        self.writes.truncate(count);
+        self.answered = count;
+        self.known.insert(head.seq, count);
+    }
+
+    /// How many writes the log holds to its end, by reading its frames.
+    fn survivors_in_log(&mut self) -> Option<usize> {
+        let oldest = self.group.oldest();
+        let before = oldest.prev();
+        let from = *self.known.range(..=before).next_back()?.1;
+        // The boundary of a trimmed log lies at a segment, which need not be one of our commits:
+        // count what is in frames that we know to be behind it.
+        let start = self.known.range(before..).next().map_or(before, |(seq, _)| *seq);
+        let mut count = self.known.get(&start).copied().unwrap_or(from);
+        let mut cursor = self.group.cursor(start.next());
+        while let Some(frame) = cursor.next().expect("reading the log") {
+            for write in Write::of_frame(&frame, &mut self.codecs) {
+                if self.writes.get(count) != Some(&write) {
+                    return None;
+                }
+                count += 1;
+            }
+        }
+        Some(count)
+    }
+
+    fn check_clones(&self) {
+        self.clones.keys().for_each(|id| self.check_clone(*id));
+    }
+
+    fn check_clone(&self, id: EpochId) {
+        let Some((appender, model)) = self.clones.get(&id) else { return };
+        let view = appender.group().view_head_of(id).expect("view of a clone");
+        let found = contents(&view, DISKS, SECTORS).expect("reading a clone");
+        assert!(found == *model, "clone {id} is not what was written to it");
+    }
+
+    /// P2 at some position that was the head once.
+    fn check_point(&mut self) {
+        if self.keep == Keep::Cache {
+            return self.check_log();
+        }
+        let points: Vec<(Seq, usize)> = self.known.iter().map(|(seq, n)| (*seq, *n)).collect();
+        let (seq, count) = *self.chance.pick(&points);
+        match self.group.view_at(seq) {
+            Ok(view) => {
+                self.saw("older position read");
+                let found = contents(&view, DISKS, SECTORS).expect("reading an older position");
+                self.writes.check(count, &found, format_args!("frame {seq}"));
+                let disk = DiskNo(self.chance.below(u64::from(DISKS)) as u32);
+                self.check_spans(&view, disk, count);
+            }
+            Err(StoreError::NotInHistory(_)) => self.saw("position no longer kept"),
+            Err(StoreError::Io { .. }) if self.disk.is_off() => {}
+            Err(error) => panic!("frame {seq} cannot be read: {error}"),
+        }
+    }
+
+    /// What is said to be zero is zero, and the answer covers what was asked for.
+    fn check_spans(&mut self, view: &srn_store::group::View, disk: DiskNo, count: usize) {
+        let start = self.chance.below(SECTORS);
+        let extent = Extent::new(start, self.chance.between(1, SECTORS - start));
+        let model = self.writes.model(count);
+        let mut at = extent.start;
+        for (part, kind) in view.spans(disk, extent).expect("spans") {
+            assert_eq!(part.start, at, "spans follow each other");
+            at = part.end();
+            if kind != srn_store::group::SpanKind::Data {
+                assert!(model.is_zero(disk, part), "{part} is said to be {kind:?}");
+            }
+        }
+        assert!(at > extent.start && at <= extent.end());
+    }
+
+    /// The log can be read from any frame on, and is what was written.
+    fn check_log(&mut self) {
+        let known: Vec<(Seq, usize)> = self.known.iter().map(|(seq, n)| (*seq, *n)).collect();
+        let (seq, count) = *self.chance.pick(&known);
+        if seq.next() < self.group.oldest() {
+            self.saw("log no longer kept");
+            return;
+        }
+        let mut count = count;
+        let mut cursor = self.group.cursor(seq.next());
+        loop {
+            match cursor.next() {
+                Ok(Some(frame)) => {
+                    for write in Write::of_frame(&frame, &mut self.codecs) {
+                        assert_eq!(self.writes.get(count), Some(&write), "in frame order");
+                        count += 1;
+                    }
+                }
+                Ok(None) => break,
+                Err(_) if self.disk.is_off() => return,
+                Err(error) => panic!("the log cannot be read: {error}"),
+            }
+        }
+        assert_eq!(count, self.answered);
+        self.saw("log read");
+    }
+
+    fn make_clone(&mut self) {
+        if self.keep == Keep::Cache || self.clones.len() > 2 {
+            return;
+        }
+        let points: Vec<(Seq, usize)> = self.known.iter().map(|(seq, n)| (*seq, *n)).collect();
+        let (seq, count) = *self.chance.pick(&points);
+        if let Some(main) = &mut self.main {
+            main.close_segment();
+        }
+        let id = self.new_epoch();
+        self.clock += 1000;
+        match self.group.clone_at(id, seq, now(self.clock)) {
+            Ok(appender) => {
+                self.saw("clone made");
+                let model = self.writes.model(count);
+                self.clones.insert(id, (appender, model));
+                self.check_clones();
+            }
+            Err(StoreError::NotInHistory(_)) => self.saw("clone of a position no longer kept"),
+            Err(StoreError::Full(_)) => {}
+            Err(_) => self.crash("failed clone"),
+        }
+    }
+
+    fn write_to_clone(&mut self) {
+        let ids: Vec<EpochId> = self.clones.keys().copied().collect();
+        if ids.is_empty() {
+            return;
+        }
+        let id = *self.chance.pick(&ids);
+        if self.chance.percent(15) {
+            if let Some((appender, _)) = self.clones.remove(&id) {
+                drop(appender);
+                match self.group.discard(id) {
+                    Ok(()) => self.saw("clone discarded"),
+                    Err(_) => self.crash("failed discard"),
+                }
+            }
+            return;
+        }
+        let writes = Write::some(&mut self.chance, DISKS, SECTORS);
+        let changes: Vec<Change> = writes.iter().map(Write::change).collect();
+        self.clock += 1000;
+        let Some((appender, model)) = self.clones.get_mut(&id) else { return };
+        match appender.commit(&changes, now(self.clock)) {
+            Ok(done) => {
+                for write in &writes[..done.changes] {
+                    model.apply(write);
+                }
+                self.saw("clone written");
+                self.check_clone(id);
+                let other = *self.chance.pick(&ids);
+                self.check_clone(other);
+            }
+            Err(StoreError::Full(_)) => {}
+            Err(_) => {
+                // What was in flight to the clone may or may not be there: forget the clone.
+                self.clones.remove(&id);
+                self.crash("failed commit to a clone");
+            }
+        }
+    }
+
+    fn fail_over(&mut self) {
+        if self.keep == Keep::Cache {
+            return;
+        }
+        let points: Vec<(Seq, usize)> = self.known.iter().map(|(seq, n)| (*seq, *n)).collect();
+        let (seq, count) = if self.chance.percent(50) {
+            points[points.len() - 1]
+        } else {
+            *self.chance.pick(&points)
+        };
+        if !self.clones.is_empty() || self.group.view_at(seq).is_err() {
+            return;
+        }
+        self.main = None;
+        let id = self.new_epoch();
+        self.clock += 1000;
+        let before = self.group.epochs();
+        match self.group.fail_over(id, seq, now(self.clock)) {
+            Ok(appender) => {
+                self.saw(if seq == points[points.len() - 1].0 {
+                    "failover"
+                } else {
+                    "failover to the past"
+                });
+                let head = appender.head();
+                self.main = Some(appender);
+                self.writes.truncate(count);
+                self.answered = count;
+                self.known.retain(|known, _| *known <= seq);
+                self.known.insert(head.seq, count);
+                let after = self.group.epochs();
+                assert!(before.is_superseded_by(&after) || !after.contains(before.current()));
+                assert_eq!(before.common_with(&after), Some(seq), "where the lines part");
+                let view = self.group.view_head().expect("view");
+                let found = contents(&view, DISKS, SECTORS).expect("reading after a failover");
+                self.writes.check(count, &found, format_args!("a failover to frame {seq}"));
+            }
+            Err(_) => {
+                // It happened or it did not; both are histories.
+                self.disk.no_fault();
+                let power = self.disk.is_off();
+                self.disk =
+                    if power { self.disk.power_cycle() } else { self.disk.process_restart() };
+                let shared = self.shared();
+                let opened = Group::open(&shared, self.options, Path::new("/g"), now(self.clock))
+                    .expect("opening after a cut failover");
+                self.group = opened.group;
+                self.main = Some(opened.main);
+                if self.group.epochs().contains(id) {
+                    self.saw("cut failover had happened");
+                    self.writes.truncate(count);
+                    self.answered = count;
+                    self.known.retain(|known, _| *known <= seq);
+                } else {
+                    self.saw("cut failover had not happened");
+                }
+                self.check_survivors();
+            }
+        }
+    }
+
+    fn step(&mut self) {
+        if self.chance.percent(12) {
+            let operations = self.chance.between(1, 40);
+            let fault = if self.chance.percent(65) { Fault::PowerCut } else { Fault::Error };
+            self.disk.fault_in(operations, fault);
+        }
+        match self.chance.below(100) {
+            0..45 => self.commit(|chance| Write::some(chance, DISKS, SECTORS)),
+            45..50 => self.commit(|_| Vec::new()),
+            50..68 => self.maintain(),
+            68..80 => self.check_point(),
+            80..84 => self.make_clone(),
+            84..90 => self.write_to_clone(),
+            90..92 => self.fail_over(),
+            92..96 => {
+                let known: Vec<Seq> = self.known.keys().copied().collect();
+                let acked = *self.chance.pick(&known);
+                self.group.set_acked(acked);
+            }
+            _ => self.crash("crash at rest"),
+        }
+        if self.disk.is_off() {
+            self.crash("power was off");
+        }
+    }
+}
+
+fn run(seed: u64) -> Coverage {
+    let mut world = World::new(seed);
+    let steps = world.chance.between(30, 160);
+    for _ in 0..steps {
+        world.step();
+    }
+    world.disk.no_fault();
+    world.crash("crash at the end");
+    let counts = world.disk.counts();
+    for (what, count) in [
+        ("sector lost", counts.sectors_lost),
+        ("name lost", counts.names_lost),
+        ("cut in the middle", counts.cuts),
+        ("failed operation", counts.errors),
+        ("failed sync", counts.failed_syncs),
+    ] {
+        *world.coverage.entry(what).or_default() += count;
+    }
+    let position: Position = world.group.head();
+    assert_eq!(position.epoch, world.group.epochs().current());
+    world.coverage
+}
+
+/// What must have happened for the run to count.
+const WANTED: &[&str] = &[
+    "clone discarded",
+    "clone made",
+    "clone survived a crash",
+    "clone written",
+    "crash at rest",
+    "crash while opening",
+    "cut failover had happened",
+    "cut failover had not happened",
+    "cut in the middle",
+    "failed commit",
+    "failed maintenance",
+    "failed operation",
+    "failed sync",
+    "failover",
+    "failover to the past",
+    "log full",
+    "log full in the middle of a commit",
+    "log no longer kept",
+    "log read",
+    "maintenance",
+    "name lost",
+    "no room for the next segment",
+    "older position read",
+    "position no longer kept",
+    "power cut",
+    "process restart",
+    "sector lost",
+    "unanswered writes survived",
+    "unanswered writes were cut",
+    "unproven frames written again",
+];
+
+/// This simulation.
+pub const SIMULATION: Simulation = Simulation { name: "store", run, wanted: WANTED };
