@@ -4,9 +4,11 @@
 //! * [`server`] (feature `server`) serves exports of a [`server::Backend`] to many clients.
 //! * [`client`] (feature `client`) uses an export of any server.
 //!
-//! Spoken are fixed newstyle, structured replies and `base:allocation`; not spoken are TLS,
-//! oldstyle and the experimental extensions (extended headers, resize). The source for all of it
-//! is `doc/proto.md` of the NetworkBlockDevice/nbd repository.
+//! * [`tls`] is certificates, for both.
+//!
+//! Spoken are fixed newstyle, structured replies, TLS by certificates over TCP and `base:allocation`;
+//! not spoken are oldstyle and the experimental extensions (extended headers, resize). The source for
+//! all of it is `doc/proto.md` of the NetworkBlockDevice/nbd repository.
 //!
 //! This crate knows nothing of replication, of files or of devices.
 //!
@@ -83,5 +85,7 @@ pub mod client;
 pub mod proto;
 #[cfg(feature = "server")]
 pub mod server;
+#[cfg(any(feature = "server", feature = "client"))]
+pub mod tls;
 #[cfg(any(feature = "server", feature = "client"))]
 mod transport;

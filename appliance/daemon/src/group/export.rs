@@ -9,7 +9,7 @@ use srn_core::extent::Extent;
 use srn_core::ids::DiskNo;
 use srn_core::limits::{BLOCK_MAX, FRAME_PAYLOAD_MAX, SECTOR};
 use srn_nbd::proto::{ErrorCode, ExportInfo, OpenError, StatusExtent};
-use srn_nbd::server::{ClientInfo, ConnectionId, Export, Peer, Reply, Request};
+use srn_nbd::server::{ClientInfo, ConnectionId, Export, Reply, Request};
 use srn_store::StoreError;
 use srn_store::group::{Change, OwnedRecord, SpanKind, Sums, View};
 
@@ -22,7 +22,7 @@ pub struct Slots {
 }
 
 /// The connections that have one export open: all of one client.
-type Holders = Vec<(ConnectionId, Peer)>;
+type Holders = Vec<ClientInfo>;
 
 /// A place in [`Slots`], given up when dropped.
 #[derive(Debug)]
@@ -41,14 +41,12 @@ impl Slots {
     pub fn take(&self, name: &str, client: &ClientInfo) -> Result<Slot, OpenError> {
         let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
         let holders = open.entry(name.to_owned()).or_default();
-        if let Some((_, other)) =
-            holders.iter().find(|(_, holder)| !holder.is_same_client(&client.peer))
-        {
+        if let Some(other) = holders.iter().find(|holder| !holder.is_same_client(client)) {
             return Err(OpenError::Busy(format!(
                 "export {name} is open for writing by {other}; it takes one client at a time"
             )));
         }
-        holders.push((client.connection, client.peer.clone()));
+        holders.push(client.clone());
         Ok(Slot { slots: self.clone(), name: name.to_owned(), connection: client.connection })
     }
 
@@ -58,7 +56,7 @@ impl Slots {
         let open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
         open.iter()
             .filter(|(name, _)| name.starts_with(prefix))
-            .flat_map(|(_, holders)| holders.iter().map(|(connection, _)| *connection))
+            .flat_map(|(_, holders)| holders.iter().map(|holder| holder.connection))
             .collect()
     }
 }
@@ -67,7 +65,7 @@ impl Drop for Slot {
     fn drop(&mut self) {
         let mut open = self.slots.open.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(holders) = open.get_mut(&self.name) {
-            holders.retain(|(connection, _)| *connection != self.connection);
+            holders.retain(|holder| holder.connection != self.connection);
             if holders.is_empty() {
                 open.remove(&self.name);
             }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use super::uri::UriError;
 use crate::proto::{ClientHandshakeError, ErrorCode, ReplyViolation};
+use crate::tls::TlsError;
 
 /// Why a connection or a request failed.
 ///
@@ -35,6 +36,12 @@ pub enum ClientError {
     /// No transmission phase was reached.
     #[error(transparent)]
     Handshake(#[from] ClientHandshakeError),
+    /// Certificates cannot be used, or name no such server.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+    /// TLS could not be started: a side does not trust the other.
+    #[error("TLS failed: {0}")]
+    TlsFailed(String),
     /// The server went away.
     #[error("server closed the connection")]
     ServerGone,

@@ -20,13 +20,14 @@ use tokio::net::{TcpStream, UnixStream};
 use tokio::sync::{Semaphore, oneshot};
 
 pub use error::ClientError;
-pub use uri::{Address, Uri, UriError};
+pub use uri::{Address, Uri, UriError, UriTls};
 
 use crate::proto::constants::{BASE_ALLOCATION, STRING_MAX, command, command_flag};
 use crate::proto::{
     ClientHandshake, Coverage, ExportInfo, ExportSummary, MetaContext, Negotiated, RawExtent,
     RequestHeader, StatusExtent, Wish,
 };
+use crate::tls::{ClientTls, TlsError};
 use crate::transport::{Outbox, PayloadPool, Stream};
 use connect::Outcome;
 use receiver::Receiver;
@@ -36,12 +37,14 @@ use slots::{Answer, Buffer, Progress, Slot, Slots};
 const POOLED_BYTES: u32 = 64 << 10;
 
 /// How to connect, and the bounds of a connection.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct ConnectOptions {
     /// Ask for structured replies; without them there is no block status.
     pub structured: bool,
     /// Metadata contexts to ask for; what the server does not have is left out.
     pub contexts: Vec<String>,
+    /// Certificates for an `nbds://` URI that names none. Other connections are in plain text.
+    pub tls: Option<ClientTls>,
     /// Time for connecting and the handshake.
     pub timeout: Duration,
     /// Requests in flight; more wait.
@@ -59,6 +62,7 @@ impl Default for ConnectOptions {
         Self {
             structured: true,
             contexts: vec![BASE_ALLOCATION.to_owned()],
+            tls: None,
             timeout: Duration::from_secs(30),
             requests: 128,
             payload_bytes: 64 << 20,
@@ -120,18 +124,20 @@ struct Call {
     payload: Option<Bytes>,
 }
 
-/// The exports of a server.
+/// The exports of the server a URI names; its export does not matter.
 ///
 /// # Errors
 /// [`ClientError`] as for [`Client::connect`].
 pub async fn list_exports(
-    address: &Address,
+    uri: &Uri,
     options: &ConnectOptions,
 ) -> Result<Vec<ExportSummary>, ClientError> {
     let talk = async {
-        let mut stream = connect::open(address).await?;
-        let machine = ClientHandshake::list();
-        match connect::negotiate(&mut stream, machine, options).await?.0 {
+        let tls = certificates_for(uri, options)?;
+        let tls = with_host(tls.as_ref(), &uri.address);
+        let stream = connect::open(&uri.address).await?;
+        let machine = ClientHandshake::list(tls.is_some());
+        match connect::negotiate(stream, tls, machine, options).await?.0 {
             Outcome::Listed(exports) => Ok(exports),
             Outcome::Ready(_) => Err(ClientError::Closed),
         }
@@ -139,21 +145,52 @@ pub async fn list_exports(
     tokio::time::timeout(options.timeout, talk).await.unwrap_or(Err(ClientError::Late))
 }
 
+/// The certificates for a URI that asks for TLS.
+fn certificates_for(uri: &Uri, options: &ConnectOptions) -> Result<Option<ClientTls>, ClientError> {
+    let Some(wish) = &uri.tls else { return Ok(None) };
+    let tls = match (&wish.certificates, &options.tls) {
+        (Some(directory), _) => ClientTls::load(directory)?,
+        (None, Some(tls)) => tls.clone(),
+        (None, None) => {
+            let text = "a nbds:// URI needs tls-certificates=DIRECTORY";
+            return Err(TlsError::Unusable(text.to_owned()).into());
+        }
+    };
+    Ok(Some(match &wish.hostname {
+        Some(name) => tls.with_hostname(name.clone()),
+        None => tls,
+    }))
+}
+
+/// Certificates with the host that is expected. (A unix socket cannot be asked for by `nbds://`.)
+fn with_host<'a>(
+    tls: Option<&'a ClientTls>,
+    address: &'a Address,
+) -> Option<(&'a ClientTls, &'a str)> {
+    match address {
+        Address::Tcp { host, .. } => tls.map(|tls| (tls, host.as_str())),
+        Address::Unix(_) => None,
+    }
+}
+
 impl Client {
     /// Connects to the export a URI names. Must be called within a tokio runtime, as all of this.
     ///
     /// # Errors
     /// [`ClientError::Io`] if nobody listens, [`ClientError::Handshake`] if the server refuses or
-    /// is none, [`ClientError::Late`] if it does not answer.
+    /// is none, [`ClientError::Late`] if it does not answer; [`ClientError::Tls`] and
+    /// [`ClientError::TlsFailed`] if the URI asks for TLS and it cannot be had.
     pub async fn connect(uri: &Uri, options: &ConnectOptions) -> Result<Self, ClientError> {
         let talk = async {
+            let tls = certificates_for(uri, options)?;
             let stream = connect::open(&uri.address).await?;
-            Self::start(stream, &uri.export, options).await
+            let tls = with_host(tls.as_ref(), &uri.address);
+            Self::start(stream, tls, &uri.export, options).await
         };
         tokio::time::timeout(options.timeout, talk).await.unwrap_or(Err(ClientError::Late))
     }
 
-    /// Uses a TCP connection that was made elsewhere.
+    /// Uses a TCP connection that was made elsewhere, in plain text.
     ///
     /// # Errors
     /// As [`Client::connect`].
@@ -162,7 +199,7 @@ impl Client {
         export: &str,
         options: &ConnectOptions,
     ) -> Result<Self, ClientError> {
-        let talk = Self::start(Stream::Tcp(stream), export, options);
+        let talk = Self::start(Stream::Tcp(stream), None, export, options);
         tokio::time::timeout(options.timeout, talk).await.unwrap_or(Err(ClientError::Late))
     }
 
@@ -175,12 +212,13 @@ impl Client {
         export: &str,
         options: &ConnectOptions,
     ) -> Result<Self, ClientError> {
-        let talk = Self::start(Stream::Unix(stream), export, options);
+        let talk = Self::start(Stream::Unix(stream), None, export, options);
         tokio::time::timeout(options.timeout, talk).await.unwrap_or(Err(ClientError::Late))
     }
 
     async fn start(
-        mut stream: Stream,
+        stream: Stream,
+        tls: Option<(&ClientTls, &str)>,
         export: &str,
         options: &ConnectOptions,
     ) -> Result<Self, ClientError> {
@@ -191,8 +229,9 @@ impl Client {
             export: export.to_owned(),
             structured: options.structured,
             contexts: options.contexts.clone(),
+            tls: tls.is_some(),
         });
-        let (outcome, input) = connect::negotiate(&mut stream, machine, options).await?;
+        let (outcome, input, stream) = connect::negotiate(stream, tls, machine, options).await?;
         let Outcome::Ready(negotiated) = outcome else { return Err(ClientError::Closed) };
         let (half, write_half) = stream.into_split();
         let shared = Arc::new(Shared::new(*negotiated, Outbox::new(write_half), options));

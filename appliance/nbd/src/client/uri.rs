@@ -1,6 +1,7 @@
 //! NBD URIs, as `doc/uri.md` of the NetworkBlockDevice/nbd repository defines them.
 //!
-//! Parsing only; nothing is resolved or connected here. What asks for TLS is refused by name.
+//! Parsing only; nothing is resolved, read or connected here. TLS is understood by certificates over
+//! TCP; other kinds of it are refused by name.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -15,6 +16,17 @@ pub struct Uri {
     pub address: Address,
     /// The name of the export; empty for the default export.
     pub export: String,
+    /// `nbds://`: TLS is required.
+    pub tls: Option<UriTls>,
+}
+
+/// What a URI says of TLS.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct UriTls {
+    /// The directory of `ca-cert.pem`, `client-cert.pem` and `client-key.pem`.
+    pub certificates: Option<PathBuf>,
+    /// The name the server's certificate must have, if it is not the host.
+    pub hostname: Option<String>,
 }
 
 /// Where a server listens.
@@ -37,9 +49,9 @@ pub enum UriError {
     /// Not `nbd://` nor `nbd+unix://`.
     #[error("{0:?} is not an NBD URI")]
     Scheme(String),
-    /// `nbds://`, `nbds+unix://` or a TLS parameter.
-    #[error("TLS is not supported")]
-    Tls,
+    /// `nbds+unix://`, or a TLS parameter that means nothing here.
+    #[error("{0} is not supported: TLS is spoken as nbds://HOST/EXPORT?tls-certificates=DIRECTORY")]
+    Tls(String),
     /// A host with strange characters, or none.
     #[error("host {0:?} is not understood")]
     Host(String),
@@ -71,10 +83,12 @@ impl FromStr for Uri {
             return Err(UriError::Fragment);
         }
         let (scheme, rest) = text.split_once(':').unwrap_or((text, ""));
-        let unix = match scheme.to_ascii_lowercase().as_str() {
-            "nbd" => false,
-            "nbd+unix" => true,
-            "nbds" | "nbds+unix" => return Err(UriError::Tls),
+        let scheme = scheme.to_ascii_lowercase();
+        let (unix, secure) = match scheme.as_str() {
+            "nbd" => (false, false),
+            "nbds" => (false, true),
+            "nbd+unix" => (true, false),
+            "nbds+unix" => return Err(UriError::Tls(scheme)),
             _ => return Err(UriError::Scheme(text.to_owned())),
         };
         let rest = rest.strip_prefix("//");
@@ -87,33 +101,55 @@ impl FromStr for Uri {
         if export.len() > STRING_MAX || export.contains('\0') {
             return Err(UriError::Name);
         }
-        let socket = parse_query(query)?;
+        let Query { socket, tls, tls_parameter } = parse_query(query)?;
+        if let Some(parameter) = tls_parameter.filter(|_| !secure) {
+            return Err(UriError::Tls(format!("parameter {parameter} without nbds://")));
+        }
         let address = match (unix, socket) {
             (true, Some(socket)) if authority.is_empty() => Address::Unix(socket),
             (true, _) => return Err(UriError::Socket),
             (false, Some(_)) => return Err(UriError::Parameter("socket".to_owned())),
             (false, None) => parse_authority(authority)?,
         };
-        Ok(Self { address, export })
+        Ok(Self { address, export, tls: secure.then_some(tls) })
     }
 }
 
-fn parse_query(query: &str) -> Result<Option<PathBuf>, UriError> {
+#[derive(Default)]
+struct Query {
+    socket: Option<PathBuf>,
+    tls: UriTls,
+    /// A parameter that makes sense for TLS only.
+    tls_parameter: Option<String>,
+}
+
+fn parse_query(query: &str) -> Result<Query, UriError> {
     use std::os::unix::ffi::OsStringExt;
 
-    let mut socket = None;
+    let path = |value| Ok(PathBuf::from(std::ffi::OsString::from_vec(unescape(value)?)));
+    let mut parsed = Query::default();
     for parameter in query.split('&').filter(|parameter| !parameter.is_empty()) {
         let (name, value) = parameter.split_once('=').unwrap_or((parameter, ""));
         match name {
-            "socket" if !value.is_empty() => {
-                socket = Some(PathBuf::from(std::ffi::OsString::from_vec(unescape(value)?)));
-            }
+            "socket" if !value.is_empty() => parsed.socket = Some(path(value)?),
             "socket" => return Err(UriError::Socket),
-            name if name.starts_with("tls-") => return Err(UriError::Tls),
+            "tls-certificates" if !value.is_empty() => {
+                parsed.tls.certificates = Some(path(value)?);
+                parsed.tls_parameter = Some(name.to_owned());
+            }
+            "tls-hostname" if !value.is_empty() => {
+                let text = String::from_utf8(unescape(value)?);
+                let text = text.map_err(|_| UriError::Escape(value.to_owned()))?;
+                parsed.tls.hostname = Some(text);
+                parsed.tls_parameter = Some(name.to_owned());
+            }
+            name if name.starts_with("tls-") => {
+                return Err(UriError::Tls(format!("parameter {name}")));
+            }
             name => return Err(UriError::Parameter(name.to_owned())),
         }
     }
-    Ok(socket)
+    Ok(parsed)
 }
 
 fn parse_authority(authority: &str) -> Result<Address, UriError> {
@@ -179,11 +215,19 @@ mod tests {
 
     fn tcp(host: &str, port: u16, export: &str) -> Uri {
         let address = Address::Tcp { host: host.to_owned(), port };
-        Uri { address, export: export.to_owned() }
+        Uri { address, export: export.to_owned(), tls: None }
+    }
+
+    fn secure(uri: Uri, certificates: Option<&str>, hostname: Option<&str>) -> Uri {
+        let tls = UriTls {
+            certificates: certificates.map(Into::into),
+            hostname: hostname.map(str::to_owned),
+        };
+        Uri { tls: Some(tls), ..uri }
     }
 
     fn unix(path: &str, export: &str) -> Uri {
-        Uri { address: Address::Unix(path.into()), export: export.to_owned() }
+        Uri { address: Address::Unix(path.into()), export: export.to_owned(), tls: None }
     }
 
     #[test]
@@ -201,6 +245,11 @@ mod tests {
             ("nbd+unix:///disk?socket=sock", unix("sock", "disk")),
             ("nbd+unix:///?socket=/run/a%20b.sock", unix("/run/a b.sock", "")),
             ("nbd+unix://?socket=/s", unix("/s", "")),
+            ("nbds://h/d", secure(tcp("h", 10809, "d"), None, None)),
+            (
+                "NBDS://h:1/d?tls-certificates=/etc/a%20b&tls-hostname=disks",
+                secure(tcp("h", 1, "d"), Some("/etc/a b"), Some("disks")),
+            ),
         ] {
             assert_eq!(text.parse(), Ok(uri), "{text}");
         }
@@ -209,9 +258,10 @@ mod tests {
     #[test]
     fn unlawful_uris() {
         let parse = |text: &str| text.parse::<Uri>().unwrap_err();
-        assert_eq!(parse("nbds://h/"), UriError::Tls);
-        assert_eq!(parse("nbds+unix:///?socket=s"), UriError::Tls);
-        assert_eq!(parse("nbd://h/?tls-type=psk"), UriError::Tls);
+        assert!(matches!(parse("nbds+unix:///?socket=s"), UriError::Tls(_)));
+        assert!(matches!(parse("nbds://h/?tls-psk-file=f"), UriError::Tls(_)));
+        assert!(matches!(parse("nbds://h/?tls-verify-peer=false"), UriError::Tls(_)));
+        assert!(matches!(parse("nbd://h/?tls-certificates=d"), UriError::Tls(_)), "in plain text?");
         assert!(matches!(parse("http://h/"), UriError::Scheme(_)));
         assert!(matches!(parse("nbd:h"), UriError::Scheme(_)));
         assert!(matches!(parse(""), UriError::Scheme(_)));

@@ -2,7 +2,8 @@
 //!
 //! Speaks fixed newstyle and falls back step by step: to simple replies where structured ones are
 //! not offered, to `NBD_OPT_EXPORT_NAME` where `NBD_OPT_GO` is not. The server is not trusted:
-//! every length has a cap, and what it may send in all has one too.
+//! every length has a cap, and what it may send in all has one too. Who wants TLS gets it or
+//! nothing: there is no fall-back, and what a server said before TLS is forgotten.
 
 use bytes::{Buf, BufMut, BytesMut};
 
@@ -35,6 +36,8 @@ pub struct Wish {
     pub structured: bool,
     /// Metadata contexts to select by their full names; at most 16 are asked for.
     pub contexts: Vec<String>,
+    /// Start TLS before anything else is said.
+    pub tls: bool,
 }
 
 /// A selected metadata context.
@@ -66,6 +69,8 @@ pub struct Negotiated {
 pub enum ClientEvent {
     /// More bytes of the server.
     NeedInput,
+    /// TLS: secure the transport, then go on with [`ClientHandshake::step`].
+    StartTls,
     /// Nothing: transmission begins with whatever is left in the input.
     Ready(Box<Negotiated>),
     /// Nothing: the list was asked for and this is it. Send the output and close.
@@ -85,8 +90,11 @@ pub enum ClientHandshakeError {
     #[error("server cannot list its exports")]
     CannotList,
     /// The server wants TLS first.
-    #[error("server requires TLS, which is not supported")]
+    #[error("server requires TLS; use nbds:// and certificates that it knows")]
     TlsRequired,
+    /// We want TLS and the server does not.
+    #[error("server does not offer TLS: {0}")]
+    TlsRefused(String),
     /// The server knows no such export.
     #[error("export {name:?} is not available: {message}")]
     Unknown {
@@ -129,6 +137,9 @@ pub enum HandshakeViolation {
     /// Replies without end.
     #[error("too many replies")]
     TooManyReplies,
+    /// More in plain text where TLS was to begin.
+    #[error("plain text where TLS was to begin")]
+    PlainText,
     /// The fields of a reply do not add up, or its text is no text.
     #[error("malformed reply")]
     Malformed,
@@ -149,6 +160,9 @@ pub enum HandshakeViolation {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum State {
     Greeting,
+    StartTls,
+    /// By the next step the transport is secured.
+    Secured,
     Listing,
     Structured,
     Contexts,
@@ -197,10 +211,10 @@ impl ClientHandshake {
         }
     }
 
-    /// Starts a handshake that ends with the list of exports.
+    /// Starts a handshake that ends with the list of exports, over TLS if so wished.
     #[must_use]
-    pub fn list() -> Self {
-        let wish = Wish { export: String::new(), structured: false, contexts: Vec::new() };
+    pub fn list(tls: bool) -> Self {
+        let wish = Wish { export: String::new(), structured: false, contexts: Vec::new(), tls };
         Self { list_only: true, ..Self::new(wish) }
     }
 
@@ -221,15 +235,26 @@ impl ClientHandshake {
                     Some(ready) => return Ok(ready),
                     None => false,
                 },
+                State::Secured => {
+                    self.send_first(out);
+                    true
+                }
                 State::Finished => return Err(violation(HandshakeViolation::StrangeReply)),
                 _ => match take_reply(input)? {
                     Some(reply) => {
                         self.count(&reply)?;
-                        if let Some(event) = self.take_reply(&reply, out)? {
-                            self.state = State::Finished;
-                            return Ok(event);
+                        let securing = self.state == State::StartTls;
+                        if securing && reply.kind == option_reply::ACK && !input.is_empty() {
+                            return Err(violation(HandshakeViolation::PlainText));
                         }
-                        true
+                        match self.take_reply(&reply, out)? {
+                            Some(ClientEvent::StartTls) => return Ok(ClientEvent::StartTls),
+                            Some(event) => {
+                                self.state = State::Finished;
+                                return Ok(event);
+                            }
+                            None => true,
+                        }
                     }
                     None => false,
                 },
@@ -272,19 +297,32 @@ impl ClientHandshake {
         out.put_u32(u32::from(known));
         let fixed = known & handshake_flag::FIXED_NEWSTYLE != 0;
         match (fixed, self.list_only) {
+            (false, _) if self.wish.tls => {
+                let text = "it speaks no fixed newstyle".to_owned();
+                return Err(ClientHandshakeError::TlsRefused(text));
+            }
             (false, true) => return Err(ClientHandshakeError::CannotList),
             (false, false) => self.send_export_name(out),
-            (true, true) => {
-                put_option(out, option::LIST, |_| {});
-                self.state = State::Listing;
+            (true, _) if self.wish.tls => {
+                put_option(out, option::STARTTLS, |_| {});
+                self.state = State::StartTls;
             }
-            (true, false) if self.wish.structured => {
-                put_option(out, option::STRUCTURED_REPLY, |_| {});
-                self.state = State::Structured;
-            }
-            (true, false) => self.send_go(out),
+            (true, _) => self.send_first(out),
         }
         Ok(true)
+    }
+
+    /// The first option that is about exports.
+    fn send_first(&mut self, out: &mut Vec<u8>) {
+        if self.list_only {
+            put_option(out, option::LIST, |_| {});
+            self.state = State::Listing;
+        } else if self.wish.structured {
+            put_option(out, option::STRUCTURED_REPLY, |_| {});
+            self.state = State::Structured;
+        } else {
+            self.send_go(out);
+        }
     }
 
     fn take_reply(
@@ -293,6 +331,7 @@ impl ClientHandshake {
         out: &mut Vec<u8>,
     ) -> Result<Option<ClientEvent>, ClientHandshakeError> {
         let expected = match self.state {
+            State::StartTls => option::STARTTLS,
             State::Listing => option::LIST,
             State::Structured => option::STRUCTURED_REPLY,
             State::Contexts => option::SET_META_CONTEXT,
@@ -303,6 +342,15 @@ impl ClientHandshake {
         }
         let refused = reply.kind & option_reply::ERROR_BIT != 0;
         match self.state {
+            State::StartTls => match reply.kind {
+                option_reply::ACK => {
+                    self.state = State::Secured;
+                    Ok(Some(ClientEvent::StartTls))
+                }
+                option_reply::ERR_SHUTDOWN => Err(self.refusal(reply)),
+                _ if refused => Err(ClientHandshakeError::TlsRefused(told(reply))),
+                _ => Err(violation(HandshakeViolation::StrangeReply)),
+            },
             State::Listing if refused => Err(self.refusal(reply)),
             State::Listing => self.take_list_reply(reply, out),
             State::Structured => {
@@ -462,10 +510,7 @@ impl ClientHandshake {
 
     fn refusal(&self, reply: &Reply) -> ClientHandshakeError {
         let name = self.wish.export.clone();
-        let message = match String::from_utf8_lossy(&reply.payload) {
-            text if text.is_empty() => format!("error {:#x}", reply.kind),
-            text => text.into_owned(),
-        };
+        let message = told(reply);
         match reply.kind {
             option_reply::ERR_TLS_REQD => ClientHandshakeError::TlsRequired,
             option_reply::ERR_SHUTDOWN => ClientHandshakeError::ShuttingDown,
@@ -517,6 +562,14 @@ fn take_reply(input: &mut BytesMut) -> Result<Option<Reply>, ClientHandshakeErro
     }
     input.advance(OPTION_REPLY_HEADER_BYTES);
     Ok(Some(Reply { option, kind, payload: input.split_to(length) }))
+}
+
+/// The server's words for an error, or its number.
+fn told(reply: &Reply) -> String {
+    match String::from_utf8_lossy(&reply.payload) {
+        text if text.is_empty() => format!("error {:#x}", reply.kind),
+        text => text.into_owned(),
+    }
 }
 
 fn text(bytes: &[u8]) -> Result<String, ClientHandshakeError> {

@@ -2,6 +2,7 @@
 //!
 //! The machine knows no exports: where it needs one it returns an [`Event`] and waits for the
 //! matching [`Answer`]. It knows no clock either: the caller ends a handshake that takes too long.
+//! Nor does it know TLS: it says when the transport is to be secured, and is told when that is done.
 //!
 //! ```text
 //!            flags            option                      GO / EXPORT_NAME answered well
@@ -11,6 +12,9 @@
 //!                      v  |
 //!                   Discarding
 //! ```
+//! Where TLS is required, nothing but `NBD_OPT_STARTTLS` and `NBD_OPT_ABORT` is heard before it, and
+//! nothing that was said before it is remembered: who sits between client and server could have said
+//! it (CVE-2021-3716). There is no mode in which a client may choose.
 
 use bytes::{Buf, BufMut, BytesMut};
 
@@ -57,6 +61,8 @@ pub enum Event {
     Describe(String),
     /// [`Answer::Opened`] for the export of this name.
     Open(String),
+    /// TLS: send the output, secure the transport, then call [`Handshake::secured`].
+    StartTls,
     /// Nothing: the client ended the negotiation. Send the output and close.
     Aborted,
 }
@@ -104,6 +110,13 @@ pub enum HandshakeError {
     /// The name in `NBD_OPT_EXPORT_NAME` was no name.
     #[error("client sent a malformed export name: {0}")]
     ExportName(MalformedOption),
+    /// The client sent more in plain text where TLS was to begin: nobody knows who wrote that.
+    #[error("client sent plain text behind its wish to start TLS")]
+    PlainText,
+    /// TLS is required, and the client asked for an export without it in a way that cannot be
+    /// refused otherwise.
+    #[error("client asked for an export without TLS, which is required")]
+    NotSecured,
     /// The caller answered something that was not asked: our own fault.
     #[error("answer does not fit the question")]
     Misuse,
@@ -119,7 +132,16 @@ enum State {
         remaining: usize,
     },
     Asking(Question),
+    Securing,
     Finished,
+}
+
+/// Whether this connection is, or has to be, secured by TLS.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Tls {
+    Off,
+    Required,
+    Secured,
 }
 
 #[derive(Debug)]
@@ -137,6 +159,7 @@ enum Question {
 pub struct Handshake {
     limits: HandshakeLimits,
     state: State,
+    tls: Tls,
     no_zeroes: bool,
     structured: bool,
     /// The export `base:allocation` was last selected for.
@@ -156,12 +179,32 @@ impl Handshake {
         Self {
             limits,
             state: State::ClientFlags,
+            tls: Tls::Off,
             no_zeroes: false,
             structured: false,
             allocation_of: None,
             options_seen: 0,
             bytes_seen: 0,
             asked: String::new(),
+        }
+    }
+
+    /// As [`Handshake::new`], for a client that gets nothing before it has started TLS.
+    pub fn requiring_tls(limits: HandshakeLimits, out: &mut Vec<u8>) -> Self {
+        Self { tls: Tls::Required, ..Self::new(limits, out) }
+    }
+
+    /// The transport is secured, as [`Event::StartTls`] asked for. Without that event it does
+    /// nothing.
+    pub fn secured(&mut self) {
+        if matches!(self.state, State::Securing) {
+            self.state = State::Options;
+            self.tls = Tls::Secured;
+            // What an attacker may have said in the client's name has no effect. (The counters of
+            // options and bytes are kept: they bound what one connection costs.)
+            self.structured = false;
+            self.allocation_of = None;
+            self.asked.clear();
         }
     }
 
@@ -187,6 +230,9 @@ impl Handshake {
                 }
                 State::Options => {
                     if let Some(event) = self.take_option(input, out)? {
+                        if event == Event::StartTls && !input.is_empty() {
+                            return Err(HandshakeError::PlainText);
+                        }
                         return Ok(event);
                     }
                 }
@@ -200,7 +246,9 @@ impl Handshake {
                     put_error(out, *option, option_reply::ERR_TOO_BIG, "option is too long");
                     self.state = State::Options;
                 }
-                State::Asking(_) | State::Finished => return Err(HandshakeError::Misuse),
+                State::Asking(_) | State::Securing | State::Finished => {
+                    return Err(HandshakeError::Misuse);
+                }
             }
         }
     }
@@ -320,6 +368,17 @@ impl Handshake {
         payload: &[u8],
         out: &mut Vec<u8>,
     ) -> Result<Option<Event>, HandshakeError> {
+        match (self.tls, option) {
+            (_, option::ABORT) => {}
+            (_, option::STARTTLS) => return Ok(self.take_starttls(payload, out)),
+            (Tls::Required, option::EXPORT_NAME) => return Err(HandshakeError::NotSecured),
+            (Tls::Required, _) => {
+                let message = "this server speaks of exports only over TLS";
+                put_error(out, option, option_reply::ERR_TLS_REQD, message);
+                return Ok(None);
+            }
+            (Tls::Off | Tls::Secured, _) => {}
+        }
         let asked = match option {
             option::EXPORT_NAME => {
                 self.asked = parse_name(payload).map_err(HandshakeError::ExportName)?;
@@ -372,6 +431,21 @@ impl Handshake {
                 Ok(None)
             }
         }
+    }
+
+    fn take_starttls(&mut self, payload: &[u8], out: &mut Vec<u8>) -> Option<Event> {
+        let (kind, message) = match self.tls {
+            _ if !payload.is_empty() => (option_reply::ERR_INVALID, "unexpected payload"),
+            Tls::Required => {
+                put_ack(out, option::STARTTLS);
+                self.state = State::Securing;
+                return Some(Event::StartTls);
+            }
+            Tls::Secured => (option_reply::ERR_INVALID, "TLS was started before"),
+            Tls::Off => (option_reply::ERR_POLICY, "this address is served without TLS"),
+        };
+        put_error(out, option::STARTTLS, kind, message);
+        None
     }
 
     fn ask(&mut self, question: Question) -> Event {

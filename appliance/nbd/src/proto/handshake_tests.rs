@@ -13,6 +13,8 @@ struct Server {
     exports: Vec<(String, Result<ExportInfo, OpenError>)>,
     session: Option<Session>,
     aborted: bool,
+    /// How often TLS was started.
+    secured: u32,
 }
 
 fn disk() -> ExportInfo {
@@ -35,7 +37,16 @@ impl Server {
             ("broken".to_owned(), Err(OpenError::Unavailable("disk failed".into()))),
         ];
         let input = BytesMut::new();
-        Self { machine, input, out, exports, session: None, aborted: false }
+        Self { machine, input, out, exports, session: None, aborted: false, secured: 0 }
+    }
+
+    /// Past the greeting, to a client that has to start TLS.
+    fn guarded() -> Self {
+        let mut server = Self::new();
+        server.machine = Handshake::requiring_tls(HandshakeLimits::default(), &mut Vec::new());
+        server.feed(&[0, 0, 0, 3]).unwrap();
+        server.out.clear();
+        server
     }
 
     /// Past the greeting, with the usual client flags.
@@ -59,6 +70,11 @@ impl Server {
                 Event::Aborted => {
                     self.aborted = true;
                     return Ok(());
+                }
+                Event::StartTls => {
+                    self.machine.secured();
+                    self.secured += 1;
+                    continue;
                 }
                 Event::List => {
                     let list: Vec<_> = self.exports.iter().take(2).map(summary).collect();
@@ -278,8 +294,8 @@ fn contexts_are_selected_for_one_export_and_replaced_each_time() {
 fn unknown_options_are_consumed_and_refused() {
     let mut server = Server::greeted();
     let unsupported = [option_reply::ERR_UNSUP];
-    assert_eq!(server.kinds(option::STARTTLS, &[]), unsupported);
-    assert_eq!(server.kinds(option::STARTTLS, &[7; 4096]), unsupported);
+    assert_eq!(server.kinds(option::STARTTLS, &[]), [option_reply::ERR_POLICY]);
+    assert_eq!(server.kinds(option::STARTTLS, &[7; 4096]), [option_reply::ERR_INVALID]);
     assert_eq!(server.kinds(option::EXTENDED_HEADERS, &[]), unsupported);
     assert_eq!(server.kinds(4, &[1; 100]), unsupported);
     assert_eq!(server.kinds(u32::MAX, &[1; 65_536]), unsupported);
@@ -417,7 +433,7 @@ fn talk(server: &mut Server, mut client: ClientHandshake) -> Result<ClientEvent,
 
 fn wish(export: &str, structured: bool, contexts: &[&str]) -> ClientHandshake {
     let contexts = contexts.iter().map(|context| (*context).to_owned()).collect();
-    ClientHandshake::new(Wish { export: export.into(), structured, contexts })
+    ClientHandshake::new(Wish { export: export.into(), structured, contexts, tls: false })
 }
 
 #[test]
@@ -439,7 +455,7 @@ fn client_and_server_understand_each_other() {
     assert_eq!(negotiated.flags & constants::transmission_flag::SEND_DF, 0);
 
     let mut server = Server::new();
-    let event = talk(&mut server, ClientHandshake::list()).unwrap();
+    let event = talk(&mut server, ClientHandshake::list(false)).unwrap();
     let ClientEvent::Listed(exports) = event else { panic!("{event:?}") };
     assert_eq!(exports.len(), 2);
     assert!(server.aborted);
@@ -487,4 +503,130 @@ fn the_client_falls_back_to_older_ways() {
         assert_eq!(negotiated.export.block_sizes, BlockSizes::UNNEGOTIATED);
         assert!(input.is_empty());
     }
+}
+
+#[test]
+fn nothing_is_told_before_tls_where_it_is_required() {
+    let mut server = Server::guarded();
+    let required = [option_reply::ERR_TLS_REQD];
+    assert_eq!(server.kinds(option::LIST, &[]), required);
+    assert_eq!(server.kinds(option::GO, &[0; 6]), required);
+    assert_eq!(server.kinds(option::INFO, &[0; 6]), required);
+    assert_eq!(server.kinds(option::STRUCTURED_REPLY, &[]), required);
+    assert_eq!(
+        server.kinds(option::SET_META_CONTEXT, &name_and_queries("disk", &["base:allocation"])),
+        required
+    );
+    assert_eq!(server.kinds(option::LIST_META_CONTEXT, &[7; 4000]), required, "payload consumed");
+    assert_eq!(server.kinds(99, &[1; 65_536]), required);
+    assert_eq!(server.kinds(99, &[1; 65_537]), [option_reply::ERR_TOO_BIG]);
+    assert_eq!(server.kinds(option::STARTTLS, &[7; 100]), [option_reply::ERR_INVALID]);
+    assert_eq!(server.kinds(option::LIST, &[]), required, "still in place");
+    assert_eq!(server.secured, 0);
+    assert_eq!(server.kinds(option::STARTTLS, &[]), [option_reply::ACK]);
+    assert_eq!(server.secured, 1);
+    assert_eq!(server.kinds(option::LIST, &[]).len(), 3);
+    assert_eq!(server.kinds(option::STARTTLS, &[]), [option_reply::ERR_INVALID], "once");
+    assert_eq!(server.secured, 1);
+    let error = Server::guarded().feed(&option_bytes(option::EXPORT_NAME, b"disk"));
+    assert_eq!(error, Err(HandshakeError::NotSecured));
+    let mut leaving = Server::guarded();
+    leaving.feed(&option_bytes(option::ABORT, &[])).unwrap();
+    assert!(leaving.aborted);
+}
+
+/// CVE-2021-3716: what a stranger injected before TLS counted as said by the client after it.
+#[test]
+fn nothing_said_before_tls_is_remembered_after_it() {
+    let mut server = Server::guarded();
+    assert_eq!(server.kinds(option::STRUCTURED_REPLY, &[]), [option_reply::ERR_TLS_REQD]);
+    assert_eq!(server.kinds(option::STARTTLS, &[]), [option_reply::ACK]);
+    let contexts = name_and_queries("disk", &["base:allocation"]);
+    assert_eq!(
+        server.kinds(option::SET_META_CONTEXT, &contexts),
+        [option_reply::ERR_INVALID],
+        "no structured replies"
+    );
+
+    // Plain text right behind the wish, in the same packet.
+    let mut injected = option_bytes(option::STARTTLS, &[]);
+    injected.extend_from_slice(&option_bytes(option::STRUCTURED_REPLY, &[]));
+    assert_eq!(Server::guarded().feed(&injected), Err(HandshakeError::PlainText));
+    let mut server = Server::guarded();
+    let mut cut = option_bytes(option::STARTTLS, &[]);
+    cut.push(0x49);
+    assert_eq!(server.feed(&cut), Err(HandshakeError::PlainText));
+    assert_eq!(server.secured, 0);
+}
+
+#[test]
+fn a_client_that_wants_tls_gets_it_or_nothing() {
+    let secure = || {
+        let (export, contexts) = ("disk".to_owned(), vec!["base:allocation".to_owned()]);
+        ClientHandshake::new(Wish { export, structured: true, contexts, tls: true })
+    };
+    let talk_tls = |server: &mut Server, mut client: ClientHandshake| {
+        let (mut input, mut said, mut secured) = (BytesMut::new(), Vec::new(), false);
+        for _ in 0..20 {
+            input.extend_from_slice(&std::mem::take(&mut server.out));
+            let event = client.step(&mut input, &mut said)?;
+            assert!(
+                secured || said.len() <= 4 + 16,
+                "in plain text only flags and the wish: {said:?}"
+            );
+            if !said.is_empty() {
+                server.feed(&std::mem::take(&mut said)).unwrap();
+            }
+            match event {
+                ClientEvent::NeedInput => {}
+                ClientEvent::StartTls => secured = true,
+                event => return Ok((event, secured)),
+            }
+        }
+        panic!("no end of talking");
+    };
+    let greeting = |server: &mut Server| {
+        server.out.clear();
+        server.machine = Handshake::requiring_tls(HandshakeLimits::default(), &mut server.out);
+    };
+    let mut server = Server::new();
+    greeting(&mut server);
+    let (event, secured) = talk_tls(&mut server, secure()).unwrap();
+    let ClientEvent::Ready(negotiated) = event else { panic!("{event:?}") };
+    assert!(secured && negotiated.structured && negotiated.contexts.len() == 1);
+    let mut server = Server::new();
+    greeting(&mut server);
+    let (event, secured) = talk_tls(&mut server, ClientHandshake::list(true)).unwrap();
+    assert!(secured && matches!(event, ClientEvent::Listed(_)), "{event:?}");
+
+    // Downgrades: a server, or somebody between, that says it has no TLS.
+    let refused = talk_tls(&mut Server::new(), secure()).unwrap_err();
+    assert!(matches!(refused, ClientHandshakeError::TlsRefused(_)), "{refused}");
+    for (flags, kind) in [(0u16, None), (3, Some(option_reply::ERR_UNSUP))] {
+        let (mut client, mut input, mut out) = (secure(), BytesMut::new(), Vec::new());
+        input.extend_from_slice(b"NBDMAGICIHAVEOPT");
+        input.put_u16(flags);
+        let mut outcome = client.step(&mut input, &mut out);
+        if let Some(kind) = kind {
+            input.put_u64(constants::OPTION_REPLY_MAGIC);
+            input.put_u32(option::STARTTLS);
+            input.put_u32(kind);
+            input.put_u32(0);
+            outcome = client.step(&mut input, &mut out);
+        }
+        let refused = outcome.unwrap_err();
+        assert!(matches!(refused, ClientHandshakeError::TlsRefused(_)), "{refused}");
+    }
+    // An answer with more behind it, which would count as said under TLS.
+    let (mut client, mut input, mut out) = (secure(), BytesMut::new(), Vec::new());
+    input.extend_from_slice(b"NBDMAGICIHAVEOPT\0\x03");
+    client.step(&mut input, &mut out).unwrap();
+    for option in [option::STARTTLS, option::STRUCTURED_REPLY] {
+        input.put_u64(constants::OPTION_REPLY_MAGIC);
+        input.put_u32(option);
+        input.put_u32(option_reply::ACK);
+        input.put_u32(0);
+    }
+    let error = client.step(&mut input, &mut out).unwrap_err();
+    assert_eq!(error, ClientHandshakeError::Violation(HandshakeViolation::PlainText));
 }

@@ -14,7 +14,7 @@ use super::*;
 /// What a client makes of a server that greets well and then says `replies`.
 fn client_against(replies: &[u8]) -> Result<ClientEvent, ClientHandshakeError> {
     let contexts = vec![BASE_ALLOCATION.to_owned()];
-    let wish = Wish { export: "disk".into(), structured: true, contexts };
+    let wish = Wish { export: "disk".into(), structured: true, contexts, tls: false };
     let mut client = ClientHandshake::new(wish);
     let mut input = BytesMut::from(&b"NBDMAGICIHAVEOPT\0\x03"[..]);
     input.extend_from_slice(replies);
@@ -110,7 +110,7 @@ fn servers_that_break_the_handshake() {
 
 #[test]
 fn a_server_cannot_talk_for_ever() {
-    let mut client = ClientHandshake::list();
+    let mut client = ClientHandshake::list(false);
     let mut input = BytesMut::from(&b"NBDMAGICIHAVEOPT\0\x03"[..]);
     let line = reply(option::LIST, option_reply::SERVER, &[[0, 0, 0, 4], *b"disk"].concat());
     let end = (0..1_000_000).find_map(|_| {
@@ -124,7 +124,7 @@ fn a_server_cannot_talk_for_ever() {
 #[test]
 fn greetings_that_are_none() {
     let greet = |bytes: &[u8]| {
-        let wish = Wish { export: String::new(), structured: true, contexts: vec![] };
+        let wish = Wish { export: String::new(), structured: true, contexts: vec![], tls: false };
         let mut input = BytesMut::from(bytes);
         ClientHandshake::new(wish).step(&mut input, &mut Vec::new())
     };
@@ -250,10 +250,12 @@ const OPTIONS: &[&[u8]] = &[
     b"\0\0\0\x08\0\0\0\0",
     b"\0\0\0\x0a\0\0\0\x1f\0\0\0\x04disk\0\0\0\x01\0\0\0\x0fbase:allocation",
     b"\0\0\0\x03\0\0\0\0",
+    b"\0\0\0\x05\0\0\0\0",
 ];
 
 const REPLIES: &[&[u8]] = &[
     b"NBDMAGICIHAVEOPT\0\x03",
+    b"\x00\x03\xe8\x89\x04\x55\x65\xa9\0\0\0\x05\0\0\0\x01\0\0\0\0",
     b"\x00\x03\xe8\x89\x04\x55\x65\xa9\0\0\0\x08\0\0\0\x01\0\0\0\0",
     b"\x00\x03\xe8\x89\x04\x55\x65\xa9\0\0\0\x0a\0\0\0\x01\0\0\0\0",
     b"\x00\x03\xe8\x89\x04\x55\x65\xa9\0\0\0\x07\0\0\0\x03\0\0\0\x0c\0\0\0\0\0\0\0\x10\0\0\0\x01",
@@ -268,7 +270,11 @@ proptest! {
     #[test]
     fn no_client_breaks_the_server_machine(bytes in noise(OPTIONS), piece in 1usize..64) {
         let mut out = Vec::new();
-        let mut machine = Handshake::new(HandshakeLimits::default(), &mut out);
+        let limits = HandshakeLimits::default();
+        let mut machine = match piece % 2 {
+            0 => Handshake::new(limits, &mut out),
+            _ => Handshake::requiring_tls(limits, &mut out),
+        };
         let mut input = BytesMut::new();
         let info = ExportInfo::writable(1 << 20);
         'pieces: for piece in bytes.chunks(piece) {
@@ -277,6 +283,10 @@ proptest! {
                 let answer = match machine.step(&mut input, &mut out) {
                     Err(_) | Ok(Event::Aborted) => break 'pieces,
                     Ok(Event::NeedInput) => break,
+                    Ok(Event::StartTls) => {
+                        machine.secured();
+                        continue;
+                    }
                     Ok(Event::List) => Answer::List(&[]),
                     Ok(Event::Describe(_)) => Answer::Described(Ok(&info)),
                     Ok(Event::Open(_)) => Answer::Opened(Ok(&info)),
@@ -292,13 +302,13 @@ proptest! {
     #[test]
     fn no_server_breaks_the_client_machine(bytes in noise(REPLIES), piece in 1usize..64) {
         let contexts = vec![BASE_ALLOCATION.to_owned()];
-        let wish = Wish { export: "disk".into(), structured: true, contexts };
+        let wish = Wish { export: "disk".into(), structured: true, contexts, tls: piece % 2 == 0 };
         let mut machine = ClientHandshake::new(wish);
         let (mut input, mut out) = (BytesMut::new(), Vec::new());
         for piece in bytes.chunks(piece) {
             input.extend_from_slice(piece);
             match machine.step(&mut input, &mut out) {
-                Ok(ClientEvent::NeedInput) => {}
+                Ok(ClientEvent::NeedInput | ClientEvent::StartTls) => {}
                 Ok(ClientEvent::Ready(negotiated)) => {
                     prop_assert!(negotiated.export.block_sizes.are_lawful());
                     break;

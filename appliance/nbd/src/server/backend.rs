@@ -182,11 +182,25 @@ pub struct ClientInfo {
     pub connection: ConnectionId,
     /// Who is at its other end; see [`Peer::is_same_client`].
     pub peer: Peer,
+    /// The name its certificate was issued for; only with TLS.
+    pub name: Option<String>,
+}
+
+impl ClientInfo {
+    /// Whether both are connections of the same client: see [`Peer::is_same_client`]; and their
+    /// certificates are of the same name.
+    #[must_use]
+    pub fn is_same_client(&self, other: &Self) -> bool {
+        self.peer.is_same_client(&other.peer) && self.name == other.name
+    }
 }
 
 impl fmt::Display for ClientInfo {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(formatter, "{} ({})", self.peer, self.connection)
+        match &self.name {
+            Some(name) => write!(formatter, "{name} at {} ({})", self.peer, self.connection),
+            None => write!(formatter, "{} ({})", self.peer, self.connection),
+        }
     }
 }
 

@@ -1,4 +1,4 @@
-//! One connection from its first byte to its last: handshake, transmission, end.
+//! One connection from its first byte to its last: handshake, TLS, transmission, end.
 //!
 //! ```text
 //! negotiate --session--> transmit --goodbye, shutdown--> settle (answer what is in flight)
@@ -15,6 +15,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::Notify;
 use tokio::time::{Instant, timeout_at};
 
+use super::Tracked;
 use super::backend::{Backend, ClientInfo, Export, Request};
 use super::flow::{Charge, Flow};
 use super::limits::{Limits, PayloadBudget};
@@ -23,6 +24,7 @@ use crate::proto::{
     Answer, ErrorCode, Event, Handshake, HandshakeError, OpenError, Session, UnlawfulExport,
     put_error, put_simple,
 };
+use crate::tls::ServerTls;
 use crate::transport::{Outbox, PayloadPool, Queue, Stream};
 
 /// What replies need of a connection; lives as long as the last of them.
@@ -143,34 +145,44 @@ enum HandshakeEnd {
     Gone,
     #[error("handshake took too long")]
     Late,
+    #[error("TLS failed: {0}")]
+    Tls(String),
     #[error("server is shutting down")]
     Stopped,
     #[error(transparent)]
     Refused(#[from] HandshakeError),
 }
 
-/// Serves one connection to its end. `opened` is told the export's name.
-pub(super) async fn serve<B: Backend>(
-    service: &Service<B>,
-    stream: Stream,
-    client: &ClientInfo,
-    control: &Control,
-    counters: &Arc<Counters>,
-    opened: impl FnOnce(&str),
-) {
+/// A connection that was accepted.
+pub(super) struct Newcomer {
+    pub(super) stream: Stream,
+    pub(super) client: ClientInfo,
+    /// What it has to start before it hears anything.
+    pub(super) tls: Option<ServerTls>,
+}
+
+/// Serves one connection to its end; its name and its export are noted in `tracked`.
+pub(super) async fn serve<B: Backend>(service: &Service<B>, newcomer: Newcomer, tracked: &Tracked) {
+    let Newcomer { mut stream, mut client, tls } = newcomer;
+    let Tracked { export, control, counters, .. } = tracked;
     if let Err(error) = stream.prepare(service.limits.dead_peer) {
         log::info!(target: "nbd", "{client}: preparing the socket failed: {error}");
         return;
     }
-    let mut stream = stream;
-    let negotiation = Negotiation { service, client, stream: &mut stream };
+    let secured = |name: &str| {
+        let _ = tracked.name.set(name.to_owned());
+    };
+    let negotiation = Negotiation { service, client: &mut client, stream, tls, secured };
     let negotiated = tokio::select! {
         result = negotiation.run() => result,
         _ = control.stopped() => Err(HandshakeEnd::Stopped),
     };
+    let client = &client;
     match negotiated {
-        Ok(agreed) => {
-            opened(&agreed.name);
+        Ok((agreed, negotiated)) => {
+            stream = negotiated;
+            // Each connection opens one export in its life.
+            let _ = export.set(agreed.name.clone());
             let name = agreed.name.clone();
             let read_only = if agreed.session.export.read_only { ", read-only" } else { "" };
             log::info!(target: "nbd", "{client}: opened export {name:?}{read_only}");
@@ -183,7 +195,7 @@ pub(super) async fn serve<B: Backend>(
         Err(end @ (HandshakeEnd::Gone | HandshakeEnd::Stopped)) => {
             log::info!(target: "nbd", "{client}: {end}");
         }
-        Err(end @ (HandshakeEnd::Late | HandshakeEnd::Refused(_))) => {
+        Err(end @ (HandshakeEnd::Late | HandshakeEnd::Refused(_) | HandshakeEnd::Tls(_))) => {
             log::warn!(target: "nbd", "{client}: dropped: {end}");
         }
     }
@@ -228,17 +240,24 @@ struct Agreed {
     input: BytesMut,
 }
 
-struct Negotiation<'a, B> {
+struct Negotiation<'a, B, F> {
     service: &'a Service<B>,
-    client: &'a ClientInfo,
-    stream: &'a mut Stream,
+    client: &'a mut ClientInfo,
+    stream: Stream,
+    tls: Option<ServerTls>,
+    /// Told the name of a client that has shown its certificate.
+    secured: F,
 }
 
-impl<B: Backend> Negotiation<'_, B> {
-    async fn run(mut self) -> Result<Agreed, HandshakeEnd> {
+impl<B: Backend, F: Fn(&str)> Negotiation<'_, B, F> {
+    async fn run(mut self) -> Result<(Agreed, Stream), HandshakeEnd> {
         let mut deadline = Instant::now() + self.service.limits.handshake;
         let mut out = Vec::new();
-        let mut machine = Handshake::new(self.service.limits.options, &mut out);
+        let limits = self.service.limits.options;
+        let mut machine = match self.tls {
+            Some(_) => Handshake::requiring_tls(limits, &mut out),
+            None => Handshake::new(limits, &mut out),
+        };
         let mut input = BytesMut::with_capacity(4096);
         let backend = &self.service.backend;
         loop {
@@ -276,8 +295,14 @@ impl<B: Backend> Negotiation<'_, B> {
                     let session = machine.answer(Answer::Opened(result), &mut out)?;
                     if let (Some(session), Ok((export, _))) = (session, opened) {
                         self.send(&mut out, deadline).await?;
-                        return Ok(Agreed { name, session, export, input });
+                        return Ok((Agreed { name, session, export, input }, self.stream));
                     }
+                }
+                Event::StartTls => {
+                    self.send(&mut out, deadline).await?;
+                    let secured = timeout_at(deadline, self.start_tls()).await;
+                    self = secured.unwrap_or(Err(HandshakeEnd::Late))?;
+                    machine.secured();
                 }
                 Event::Aborted => {
                     self.send(&mut out, deadline).await?;
@@ -285,6 +310,26 @@ impl<B: Backend> Negotiation<'_, B> {
                 }
             }
         }
+    }
+
+    async fn start_tls(mut self) -> Result<Self, HandshakeEnd> {
+        let failed = |error: &dyn std::fmt::Display| HandshakeEnd::Tls(error.to_string());
+        let Some(tls) = self.tls.clone() else { return Err(failed(&"it is not configured")) };
+        let connection = tls.connection().map_err(|error| failed(&error))?;
+        self.stream = self.stream.secure(connection).await.map_err(|error| match error.kind() {
+            std::io::ErrorKind::UnexpectedEof => HandshakeEnd::Gone,
+            _ => failed(&error),
+        })?;
+        let certificate = self.stream.peer_certificate();
+        let certificate = certificate.ok_or_else(|| failed(&"client has no certificate"))?;
+        let gone = || failed(&"client's certificate was taken back");
+        let name = tls.name_of(&certificate).ok_or_else(gone)?;
+        (self.secured)(&name);
+        self.client.name = Some(name);
+        // Taken back after the first question, by somebody who did not find this connection by its
+        // name yet? Whoever takes it back from now on does.
+        tls.name_of(&certificate).ok_or_else(gone)?;
+        Ok(self)
     }
 
     fn described(&self, name: &str) -> Result<crate::proto::ExportInfo, OpenError> {
@@ -310,13 +355,17 @@ impl<B: Backend> Negotiation<'_, B> {
     }
 
     fn unlawful(&self, name: &str, error: &UnlawfulExport) -> OpenError {
-        let client = self.client;
+        let client = &self.client;
         log::error!(target: "nbd", "{client}: backend describes {name:?} wrongly: {error}");
         OpenError::Unavailable("server has described it wrongly".to_owned())
     }
 
     async fn send(&mut self, out: &mut Vec<u8>, deadline: Instant) -> Result<(), HandshakeEnd> {
-        let sent = timeout_at(deadline, self.stream.write_all(out)).await;
+        let sent = timeout_at(deadline, async {
+            self.stream.write_all(out).await?;
+            self.stream.flush().await
+        })
+        .await;
         out.clear();
         match sent {
             Ok(Ok(())) => Ok(()),

@@ -8,12 +8,14 @@ use ipnet::IpNet;
 use tokio::net::{TcpListener, UnixListener, UnixStream};
 
 use super::backend::Peer;
+use crate::tls::ServerTls;
 use crate::transport::Stream;
 
 /// A socket that accepts connections, with its rule of whom to accept.
 #[derive(Debug)]
 pub struct Listener {
     socket: Socket,
+    tls: Option<ServerTls>,
 }
 
 #[derive(Debug)]
@@ -36,7 +38,28 @@ impl Listener {
     /// As binding gives them.
     pub async fn tcp(address: SocketAddr, allowed: Vec<IpNet>) -> io::Result<Self> {
         let listener = TcpListener::bind(address).await?;
-        Ok(Self { socket: Socket::Tcp { listener, allowed } })
+        Ok(Self { socket: Socket::Tcp { listener, allowed }, tls: None })
+    }
+
+    /// The networks of everybody, for [`Listener::tcp`] where [`Listener::requiring_tls`] decides.
+    #[must_use]
+    pub fn anywhere() -> Vec<IpNet> {
+        let any = |address| IpNet::new_assert(address, 0);
+        vec![any(IpAddr::from([0; 4])), any(IpAddr::from([0; 16]))]
+    }
+
+    /// Serves only clients that start TLS and show a certificate that is admitted. A unix socket
+    /// stays as it is: its clients are known by the kernel.
+    #[must_use]
+    pub fn requiring_tls(mut self, tls: ServerTls) -> Self {
+        if matches!(self.socket, Socket::Tcp { .. }) {
+            self.tls = Some(tls);
+        }
+        self
+    }
+
+    pub(super) const fn tls(&self) -> Option<&ServerTls> {
+        self.tls.as_ref()
     }
 
     /// The networks of this machine itself, for [`Listener::tcp`].
@@ -67,13 +90,13 @@ impl Listener {
             }
             other => other?,
         };
-        Ok(Self { socket: Socket::Unix { listener, path: Some(path.to_owned()) } })
+        Ok(Self { socket: Socket::Unix { listener, path: Some(path.to_owned()) }, tls: None })
     }
 
     /// Takes over a unix socket that listens already, for instance one given by systemd.
     #[must_use]
     pub fn from_unix(listener: UnixListener) -> Self {
-        Self { socket: Socket::Unix { listener, path: None } }
+        Self { socket: Socket::Unix { listener, path: None }, tls: None }
     }
 
     /// The TCP address listened on, with the port that was really bound.

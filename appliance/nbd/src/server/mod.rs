@@ -29,8 +29,9 @@ pub use limits::{Limits, PayloadBudget};
 pub use listener::Listener;
 pub use reply::{ReadChunk, ReadData, Reply, ReplyBatch};
 
+use crate::tls::ServerTls;
 use crate::transport::{PayloadPool, Stream};
-use connection::{Control, Counters, Service};
+use connection::{Control, Counters, Newcomer, Service};
 use listener::Accepted;
 
 /// How long to wait before accepting again when the machine is out of something.
@@ -53,6 +54,8 @@ struct Inner<B> {
 /// A connection as the server keeps track of it.
 struct Tracked {
     client: ClientInfo,
+    /// The name in its certificate, once that was checked.
+    name: OnceLock<String>,
     export: OnceLock<String>,
     control: Control,
     counters: Arc<Counters>,
@@ -118,7 +121,7 @@ impl<B: Backend> Server<B> {
     /// If the peer is gone already.
     pub fn serve_tcp(&self, stream: TcpStream) -> io::Result<()> {
         let peer = Peer::Tcp(stream.peer_addr()?);
-        self.welcome(Stream::Tcp(stream), peer);
+        self.welcome(Stream::Tcp(stream), peer, None);
         Ok(())
     }
 
@@ -128,7 +131,7 @@ impl<B: Backend> Server<B> {
     /// If the peer is gone already.
     pub fn serve_unix(&self, stream: UnixStream) -> io::Result<()> {
         let peer = listener::unix_peer(&stream)?;
-        self.welcome(Stream::Unix(stream), peer);
+        self.welcome(Stream::Unix(stream), peer, None);
         Ok(())
     }
 
@@ -164,7 +167,9 @@ impl<B: Backend> Server<B> {
     async fn accept(&self, listener: &Listener) {
         loop {
             match listener.accept().await {
-                Ok(Accepted::Welcome(stream, peer)) => self.welcome(stream, peer),
+                Ok(Accepted::Welcome(stream, peer)) => {
+                    self.welcome(stream, peer, listener.tls().cloned());
+                }
                 Ok(Accepted::Refused(address)) => {
                     log::warn!(target: "nbd", "refused {address}: not in the list of networks");
                 }
@@ -176,10 +181,11 @@ impl<B: Backend> Server<B> {
         }
     }
 
-    fn welcome(&self, stream: Stream, peer: Peer) {
-        let client = ClientInfo { connection: ConnectionId::next(), peer };
+    fn welcome(&self, stream: Stream, peer: Peer, tls: Option<ServerTls>) {
+        let client = ClientInfo { connection: ConnectionId::next(), peer, name: None };
         let tracked = Arc::new(Tracked {
             client: client.clone(),
+            name: OnceLock::new(),
             export: OnceLock::new(),
             control: Control::default(),
             counters: Arc::default(),
@@ -197,13 +203,8 @@ impl<B: Backend> Server<B> {
         }
         let entry = Entry { inner: Arc::clone(&self.inner), connection: client.connection };
         tokio::spawn(async move {
-            let Tracked { client, export, control, counters } = &*tracked;
-            let opened = |name: &str| {
-                // Each connection opens one export in its life.
-                let _ = export.set(name.to_owned());
-            };
-            connection::serve(&entry.inner.service, stream, client, control, counters, opened)
-                .await;
+            let newcomer = Newcomer { stream, client: tracked.client.clone(), tls };
+            connection::serve(&entry.inner.service, newcomer, &tracked).await;
             drop(entry);
         });
     }
@@ -246,7 +247,7 @@ impl<B> Inner<B> {
 impl Tracked {
     fn status(&self) -> ConnectionStatus {
         ConnectionStatus {
-            client: self.client.clone(),
+            client: ClientInfo { name: self.name.get().cloned(), ..self.client.clone() },
             export: self.export.get().cloned(),
             requests: self.counters.requests.load(Ordering::Relaxed),
             bytes_read: self.counters.bytes_read.load(Ordering::Relaxed),

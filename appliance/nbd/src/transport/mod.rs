@@ -11,6 +11,7 @@ mod outbox;
 mod pool;
 mod queue;
 mod socket;
+mod tls;
 
 pub(crate) use gulp::Gulp;
 pub(crate) use outbox::Outbox;

@@ -86,7 +86,8 @@ impl<T> Queue<T> {
             self.take_tokens(&mut done);
             if self.pieces.is_empty() {
                 self.recycle();
-                return Ok(Sent::All);
+                // What is encrypted and not yet taken counts as unsent.
+                return Ok(if socket.try_flush()? { Sent::All } else { Sent::Some });
             }
             let (offered, sent) = self.send_once(socket)?;
             match sent {

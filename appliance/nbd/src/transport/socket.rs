@@ -1,4 +1,4 @@
-//! One type for TCP and unix sockets, whole and in halves.
+//! One type for TCP and unix sockets, in plain text or under TLS, whole and in halves.
 //!
 //! The write half may be used by any thread, also one that tokio knows nothing of; the read half
 //! belongs to one task.
@@ -11,6 +11,8 @@ use std::time::Duration;
 use socket2::{SockRef, TcpKeepalive};
 use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::net::{TcpStream, UnixStream, tcp, unix};
+
+use super::tls::{Past, READ_BYTES, TlsSession, shake_hands};
 
 /// Reads or writes without blocking: `None` if nothing can be done now.
 ///
@@ -45,13 +47,14 @@ macro_rules! try_whole {
 pub(crate) enum Stream {
     Tcp(TcpStream),
     Unix(UnixStream),
+    Tls(TcpStream, TlsSession),
 }
 
 impl Stream {
     /// Sets what a disk connection needs: no delay for small packets, and notice of a peer that
     /// died without a word within about `dead_after`.
     pub(crate) fn prepare(&self, dead_after: Duration) -> io::Result<()> {
-        let Self::Tcp(stream) = self else { return Ok(()) };
+        let (Self::Tcp(stream) | Self::Tls(stream, _)) = self else { return Ok(()) };
         stream.set_nodelay(true)?;
         let socket = SockRef::from(stream);
         let probe = (dead_after / 4).max(Duration::from_secs(1));
@@ -65,10 +68,29 @@ impl Stream {
     pub(crate) async fn peer_gone(&self) {
         // Priority interest is met by out-of-band data, which nobody sends, or the end.
         let ready = match self {
-            Self::Tcp(stream) => stream.ready(Interest::PRIORITY).await,
+            Self::Tcp(stream) | Self::Tls(stream, _) => stream.ready(Interest::PRIORITY).await,
             Self::Unix(stream) => stream.ready(Interest::PRIORITY).await,
         };
         forever_unless_closed(ready).await;
+    }
+
+    /// Secures a TCP connection: from now on everything goes through `connection`.
+    ///
+    /// # Errors
+    /// `InvalidData` with a [`rustls::Error`] inside when a side refuses the other, `Unsupported` for
+    /// what is no plain TCP connection; otherwise as the socket gives them.
+    pub(crate) async fn secure(self, connection: rustls::Connection) -> io::Result<Self> {
+        let Self::Tcp(stream) = self else { return Err(io::ErrorKind::Unsupported.into()) };
+        let session = shake_hands(&stream, connection).await?;
+        Ok(Self::Tls(stream, session))
+    }
+
+    /// The certificate the peer has proven to own; none without TLS.
+    pub(crate) fn peer_certificate(&self) -> Option<Vec<u8>> {
+        match self {
+            Self::Tls(_, session) => session.peer_certificate(),
+            Self::Tcp(_) | Self::Unix(_) => None,
+        }
     }
 
     pub(crate) fn into_split(self) -> (ReadHalf, WriteHalf) {
@@ -81,7 +103,28 @@ impl Stream {
                 let (read, write) = stream.into_split();
                 (ReadHalf::Unix(read), WriteHalf::Unix(write))
             }
+            Self::Tls(stream, session) => {
+                let (read, write) = stream.into_split();
+                (ReadHalf::Tls(read, session.clone()), WriteHalf::Tls(write, session))
+            }
         }
+    }
+}
+
+fn poll_read_tls(
+    stream: &TcpStream,
+    session: &TlsSession,
+    context: &mut Context<'_>,
+    buffer: &mut ReadBuf<'_>,
+) -> Poll<io::Result<()>> {
+    let most = buffer.remaining().min(READ_BYTES);
+    loop {
+        let place = buffer.initialize_unfilled_to(most);
+        if let Some(count) = session.try_read(stream, place, &mut [], Past::Nobody)? {
+            buffer.advance(count);
+            return Poll::Ready(Ok(()));
+        }
+        std::task::ready!(stream.poll_read_ready(context))?;
     }
 }
 
@@ -101,6 +144,7 @@ impl AsyncRead for Stream {
         match self.get_mut() {
             Self::Tcp(stream) => Pin::new(stream).poll_read(context, buffer),
             Self::Unix(stream) => Pin::new(stream).poll_read(context, buffer),
+            Self::Tls(stream, session) => poll_read_tls(stream, session, context, buffer),
         }
     }
 }
@@ -114,10 +158,21 @@ impl AsyncWrite for Stream {
         match self.get_mut() {
             Self::Tcp(stream) => Pin::new(stream).poll_write(context, bytes),
             Self::Unix(stream) => Pin::new(stream).poll_write(context, bytes),
+            Self::Tls(stream, session) => loop {
+                if let Some(count) = session.try_write(stream, &[IoSlice::new(bytes)])? {
+                    return Poll::Ready(Ok(count));
+                }
+                std::task::ready!(stream.poll_write_ready(context))?;
+            },
         }
     }
 
-    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+    fn poll_flush(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if let Self::Tls(stream, session) = self.get_mut() {
+            while !session.try_flush(stream)? {
+                std::task::ready!(stream.poll_write_ready(context))?;
+            }
+        }
         Poll::Ready(Ok(()))
     }
 
@@ -125,6 +180,10 @@ impl AsyncWrite for Stream {
         match self.get_mut() {
             Self::Tcp(stream) => Pin::new(stream).poll_shutdown(context),
             Self::Unix(stream) => Pin::new(stream).poll_shutdown(context),
+            Self::Tls(stream, session) => {
+                session.say_goodbye(stream);
+                Pin::new(stream).poll_shutdown(context)
+            }
         }
     }
 }
@@ -134,6 +193,7 @@ impl AsyncWrite for Stream {
 pub(crate) enum ReadHalf {
     Tcp(tcp::OwnedReadHalf),
     Unix(unix::OwnedReadHalf),
+    Tls(tcp::OwnedReadHalf, TlsSession),
 }
 
 impl ReadHalf {
@@ -145,7 +205,7 @@ impl ReadHalf {
                 return Ok(read);
             }
             match self {
-                Self::Tcp(half) => half.readable().await?,
+                Self::Tcp(half) | Self::Tls(half, _) => half.readable().await?,
                 Self::Unix(half) => half.readable().await?,
             }
         }
@@ -157,6 +217,9 @@ impl ReadHalf {
         let read = match self {
             Self::Tcp(half) => (&*SockRef::from(half.as_ref())).read(buffer),
             Self::Unix(half) => (&*SockRef::from(half.as_ref())).read(buffer),
+            Self::Tls(half, session) => {
+                return session.try_read(half.as_ref(), buffer, &mut [], Past::TheRuntime);
+            }
         };
         match read {
             Ok(count) => Ok(Some(count)),
@@ -167,6 +230,9 @@ impl ReadHalf {
 
     /// `None` when there is nothing to read now.
     fn try_read_two(&self, first: &mut [u8], second: &mut [u8]) -> io::Result<Option<usize>> {
+        if let Self::Tls(half, session) = self {
+            return session.try_read(half.as_ref(), first, second, Past::Nobody);
+        }
         let wanted = first.len() + second.len();
         let mut receive = |socket: SockRef<'_>| {
             let mut slices = [IoSliceMut::new(first), IoSliceMut::new(second)];
@@ -175,13 +241,14 @@ impl ReadHalf {
         match self {
             Self::Tcp(half) => try_whole!(half, TcpStream, Interest::READABLE, wanted, receive),
             Self::Unix(half) => try_whole!(half, UnixStream, Interest::READABLE, wanted, receive),
+            Self::Tls(..) => Ok(None),
         }
     }
 
     /// Resolves when the peer can send nothing more, even if there is data left to read.
     pub(crate) async fn peer_gone(&self) {
         let ready = match self {
-            Self::Tcp(half) => half.ready(Interest::PRIORITY).await,
+            Self::Tcp(half) | Self::Tls(half, _) => half.ready(Interest::PRIORITY).await,
             Self::Unix(half) => half.ready(Interest::PRIORITY).await,
         };
         forever_unless_closed(ready).await;
@@ -197,6 +264,7 @@ impl AsyncRead for ReadHalf {
         match self.get_mut() {
             Self::Tcp(half) => Pin::new(half).poll_read(context, buffer),
             Self::Unix(half) => Pin::new(half).poll_read(context, buffer),
+            Self::Tls(half, session) => poll_read_tls(half.as_ref(), session, context, buffer),
         }
     }
 }
@@ -206,6 +274,7 @@ impl AsyncRead for ReadHalf {
 pub(crate) enum WriteHalf {
     Tcp(tcp::OwnedWriteHalf),
     Unix(unix::OwnedWriteHalf),
+    Tls(tcp::OwnedWriteHalf, TlsSession),
 }
 
 impl WriteHalf {
@@ -220,12 +289,21 @@ impl WriteHalf {
         match self {
             Self::Tcp(half) => try_whole!(half, TcpStream, Interest::WRITABLE, wanted, send),
             Self::Unix(half) => try_whole!(half, UnixStream, Interest::WRITABLE, wanted, send),
+            Self::Tls(half, session) => session.try_write(half.as_ref(), slices),
+        }
+    }
+
+    /// Sends what was written and not yet taken by the socket. Whether nothing of it is left.
+    pub(crate) fn try_flush(&self) -> io::Result<bool> {
+        match self {
+            Self::Tcp(_) | Self::Unix(_) => Ok(true),
+            Self::Tls(half, session) => session.try_flush(half.as_ref()),
         }
     }
 
     pub(crate) async fn writable(&self) -> io::Result<()> {
         match self {
-            Self::Tcp(half) => half.writable().await,
+            Self::Tcp(half) | Self::Tls(half, _) => half.writable().await,
             Self::Unix(half) => half.writable().await,
         }
     }
@@ -237,6 +315,10 @@ impl WriteHalf {
         let _ = match self {
             Self::Tcp(half) => SockRef::from(AsRef::<TcpStream>::as_ref(half)).shutdown(how),
             Self::Unix(half) => SockRef::from(AsRef::<UnixStream>::as_ref(half)).shutdown(how),
+            Self::Tls(half, session) => {
+                session.say_goodbye(half.as_ref());
+                SockRef::from(AsRef::<TcpStream>::as_ref(half)).shutdown(how)
+            }
         };
     }
 }

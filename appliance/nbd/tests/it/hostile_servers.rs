@@ -357,7 +357,10 @@ async fn handshakes_that_fail() {
     let error = handshake_with(async |liar| liar.send(b"220 mail.example ESMTP").await).await;
     assert!(matches!(error, ClientError::Handshake(ClientHandshakeError::NotNbd(_))), "{error}");
     for (kind, expected) in [
-        (option_reply::ERR_TLS_REQD, "server requires TLS, which is not supported"),
+        (
+            option_reply::ERR_TLS_REQD,
+            "server requires TLS; use nbds:// and certificates that it knows",
+        ),
         (option_reply::ERR_SHUTDOWN, "server is shutting down"),
     ] {
         let error = handshake_with(async |liar| {
@@ -433,6 +436,6 @@ async fn addresses_where_nobody_is() {
     let uri = uri(&format!("nbd://{closed}/x"));
     let error = within("connecting", Client::connect(&uri, &options)).await.unwrap_err();
     assert!(matches!(error, ClientError::Io { operation: "connecting", .. }), "{error}");
-    let error = within("listing", list_exports(&uri.address, &options)).await.unwrap_err();
+    let error = within("listing", list_exports(&uri, &options)).await.unwrap_err();
     assert!(matches!(error, ClientError::Io { operation: "connecting", .. }), "{error}");
 }

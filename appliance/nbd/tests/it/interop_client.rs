@@ -68,7 +68,7 @@ impl Peer {
 }
 
 /// Writes, zeroes, reads back, at random, with many in flight.
-async fn exercise(client: &Client, test: &str) {
+pub(crate) async fn exercise(client: &Client, test: &str) {
     let mut random = Random::new(test);
     let size = client.export().size;
     let lanes = 16;
@@ -292,7 +292,7 @@ async fn qemu_nbd_in_raw_and_qcow2() {
         exercise(&client, &format!("qemu-nbd {format}")).await;
         client.trim(0, 1 << 20, false).await.unwrap();
         client.flush().await.unwrap();
-        let listed = list_exports(&peer.uri("").address, &ConnectOptions::default()).await.unwrap();
+        let listed = list_exports(&peer.uri(""), &ConnectOptions::default()).await.unwrap();
         assert_eq!(listed.len(), 1);
         let simple = ConnectOptions { structured: false, ..ConnectOptions::default() };
         exercise(&peer.client_with(&simple).await, &format!("qemu-nbd {format}, simple")).await;

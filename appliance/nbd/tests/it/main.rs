@@ -12,3 +12,4 @@ mod interop_server;
 mod lifecycle;
 mod model;
 mod server_replies;
+mod tls;

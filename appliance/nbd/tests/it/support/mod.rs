@@ -1,5 +1,6 @@
 //! The vocabulary of the tests.
 
+pub(crate) mod authority;
 pub(crate) mod backend;
 pub(crate) mod logs;
 mod random;
@@ -147,7 +148,7 @@ impl Fixture {
 
     pub(crate) async fn client_with(&self, export: &str, options: &ConnectOptions) -> Client {
         let address = Address::Tcp { host: self.tcp.ip().to_string(), port: self.tcp.port() };
-        let uri = Uri { address, export: export.to_owned() };
+        let uri = Uri { address, export: export.to_owned(), tls: None };
         within("connecting", Client::connect(&uri, options)).await.unwrap()
     }
 

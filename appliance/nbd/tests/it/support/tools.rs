@@ -70,6 +70,15 @@ pub(crate) struct Process {
 impl Process {
     /// Starts a server and waits until its unix socket takes connections.
     pub(crate) fn serving(name: &str, package: &str, arguments: &[&str], socket: &Path) -> Self {
+        Self::until(name, package, arguments, || is_listening(socket))
+    }
+
+    /// Starts a server and waits until the port of this machine takes connections.
+    pub(crate) fn serving_tcp(name: &str, package: &str, arguments: &[&str], port: u16) -> Self {
+        Self::until(name, package, arguments, || is_listening_tcp(port))
+    }
+
+    fn until(name: &str, package: &str, arguments: &[&str], met: impl Fn() -> bool) -> Self {
         let mut child = Command::new(tool_path(name, package))
             .args(arguments)
             .stdin(Stdio::null())
@@ -79,7 +88,7 @@ impl Process {
             .unwrap();
         let deadline = Instant::now() + Duration::from_secs(20);
         // Connecting might count as a client of a server that takes one only.
-        while !is_listening(socket) {
+        while !met() {
             if let Some(status) = child.try_wait().unwrap() {
                 panic!("{name} {arguments:?} ended with {status}");
             }
@@ -98,6 +107,17 @@ fn is_listening(socket: &Path) -> bool {
     table.lines().any(|line| {
         let mut fields = line.split_whitespace();
         fields.nth(3) == Some("00010000") && fields.next_back() == Some(path)
+    })
+}
+
+/// Whether the kernel knows a listening socket of this port.
+fn is_listening_tcp(port: u16) -> bool {
+    let table = std::fs::read_to_string("/proc/net/tcp").unwrap();
+    let end = format!(":{port:04X}");
+    table.lines().any(|line| {
+        let mut fields = line.split_whitespace();
+        // State 0A is LISTEN.
+        fields.nth(1).is_some_and(|local| local.ends_with(&end)) && fields.nth(1) == Some("0A")
     })
 }
 
