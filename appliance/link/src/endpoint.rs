@@ -4,12 +4,12 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use quinn::congestion::CubicConfig;
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
 use quinn::{IdleTimeout, MtuDiscoveryConfig, TransportConfig, VarInt};
 use rustls::pki_types::CertificateDer;
 use srn_core::ids::NodeId;
 
+use crate::congestion::RateBased;
 use crate::error::LinkError;
 use crate::identity::{Identity, node_id_of};
 use crate::tls::{self, ALPN_DATA, ALPN_PAIR, Expect};
@@ -95,8 +95,7 @@ pub struct Connection {
 
 fn transport() -> TransportConfig {
     let mut config = TransportConfig::default();
-    let mut congestion = CubicConfig::default();
-    congestion.initial_window(INITIAL_WINDOW);
+    let congestion = RateBased { initial_window: INITIAL_WINDOW };
     let mut discovery = MtuDiscoveryConfig::default();
     discovery.upper_bound(MTU_MAX);
     config

@@ -9,6 +9,7 @@
 //! which state. It hands typed messages and streams to its caller, who drives the machines of
 //! `srn-core` with them.
 
+pub mod congestion;
 pub mod dial;
 pub mod endpoint;
 pub mod error;
@@ -20,4 +21,4 @@ mod tls;
 pub use endpoint::{Accepted, Endpoint, EndpointConfig};
 pub use error::LinkError;
 pub use identity::Identity;
-pub use session::{FrameReader, FrameWriter, InFrame, Session, SessionEvent};
+pub use session::{FrameReader, FrameWriter, InFrame, Path, Session, SessionEvent};

@@ -11,6 +11,7 @@ use srn_core::ids::NodeId;
 use srn_core::wire::{Hello, Message, PREFIX_LEN, StreamHeader, WireFrame};
 use tokio::sync::mpsc;
 
+use crate::congestion::RateController;
 use crate::endpoint::{
     CLOSE_DONE, CLOSE_MISBEHAVED, CLOSE_REPLACED, CLOSE_VERSION, Connection, HANDSHAKE, refine,
 };
@@ -30,6 +31,26 @@ const CONTROL_PRIORITY: i32 = 10;
 
 /// Time that the last control messages have to leave before a session is closed.
 const DRAIN: Duration = Duration::from_millis(500);
+
+/// What is known of the way to the peer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Path {
+    /// The round trip time as measured.
+    pub round_trip: Duration,
+    /// The largest packet that the path is known to take, in bytes of UDP payload.
+    pub packet_bytes: u16,
+    /// The rate at which the path delivers as far as is known, in bytes per second; none before
+    /// something was sent.
+    pub rate: Option<u64>,
+    /// What was lost over the last round trips, in millionths.
+    pub loss_ppm: u64,
+    /// How often packets of the size that the path took before no longer arrived.
+    pub black_holes: u64,
+    /// Bytes of UDP sent in this session.
+    pub sent: u64,
+    /// Bytes of UDP received in this session.
+    pub received: u64,
+}
 
 /// What happens in a session.
 #[derive(Debug)]
@@ -136,23 +157,23 @@ impl Session {
         self.inner.connection.dialled
     }
 
-    /// The round trip time as measured.
+    /// What is known of the way to the peer.
     #[must_use]
-    pub fn rtt(&self) -> Duration {
-        self.inner.connection.quic.rtt()
-    }
-
-    /// The largest packet that the path is known to take, in bytes of UDP payload.
-    #[must_use]
-    pub fn packet_bytes(&self) -> u16 {
-        self.inner.connection.quic.stats().path.current_mtu
-    }
-
-    /// Bytes of UDP sent and received by this session.
-    #[must_use]
-    pub fn udp_bytes(&self) -> (u64, u64) {
-        let stats = self.inner.connection.quic.stats();
-        (stats.udp_tx.bytes, stats.udp_rx.bytes)
+    pub fn path(&self) -> Path {
+        let quic = &self.inner.connection.quic;
+        let stats = quic.stats();
+        let controller = quic.congestion_state().into_any().downcast::<RateController>().ok();
+        let (rate, loss_ppm) =
+            controller.map_or((0, 0), |known| (known.path_rate(), known.loss_ppm()));
+        Path {
+            round_trip: quic.rtt(),
+            packet_bytes: stats.path.current_mtu,
+            rate: (rate > 0).then_some(rate),
+            loss_ppm,
+            black_holes: stats.path.black_holes_detected,
+            sent: stats.udp_tx.bytes,
+            received: stats.udp_rx.bytes,
+        }
     }
 
     /// Queues a message; waits while too many are queued.

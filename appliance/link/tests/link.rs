@@ -256,12 +256,12 @@ async fn packets_grow_to_what_the_path_takes() {
     // Nobody reads: what fits into the windows is enough for the probes to be answered.
     writer.write(&mut [Bytes::from(vec![0; 1 << 20])]).await.unwrap();
     tokio::time::timeout(DEADLINE, async {
-        while one.packet_bytes() < 6500 {
+        while one.path().packet_bytes < 6500 {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     })
     .await
-    .unwrap_or_else(|_| panic!("packets have {} bytes", one.packet_bytes()));
+    .unwrap_or_else(|_| panic!("packets have {} bytes", one.path().packet_bytes));
     drop(reader);
 }
 

@@ -6,6 +6,7 @@
 
 pub mod guest;
 pub mod node;
+pub mod relay;
 pub mod tool;
 pub mod volume;
 
@@ -19,6 +20,7 @@ use tokio::time::Instant;
 
 pub use guest::Guest;
 pub use node::{Node, Ran};
+pub use relay::Relay;
 pub use volume::Volume;
 
 /// How long a test waits for something that happens within a second on a quiet machine.

@@ -72,6 +72,11 @@ pub struct PeerStatus {
     pub rtt_ms: Option<f64>,
     /// The largest packet that the path is known to take, in bytes of UDP payload.
     pub packet_bytes: Option<u16>,
+    /// The rate at which the path delivers what this node sends, as far as is known, in bytes per
+    /// second.
+    pub rate: Option<u64>,
+    /// What was lost over the last round trips of what this node sent, in percent.
+    pub loss_percent: Option<f64>,
     /// Bytes of UDP sent in this session.
     pub udp_sent: Option<u64>,
     /// Bytes of UDP received in this session.
@@ -600,7 +605,7 @@ impl Node {
 impl Known {
     fn status(&self) -> PeerStatus {
         let session = self.session.as_ref();
-        let udp = session.map(Session::udp_bytes);
+        let path = session.map(Session::path);
         PeerStatus {
             name: self.record.name.clone(),
             id: self.record.id.clone(),
@@ -609,10 +614,12 @@ impl Known {
             remote: session.map(|session| session.remote_address().to_string()),
             connected_since: self.since.map(clock::rfc3339),
             version: session.map(|session| session.hello().software.clone()),
-            rtt_ms: session.map(|session| session.rtt().as_secs_f64() * 1e3),
-            packet_bytes: session.map(Session::packet_bytes),
-            udp_sent: udp.map(|(sent, _)| sent),
-            udp_received: udp.map(|(_, received)| received),
+            rtt_ms: path.map(|path| path.round_trip.as_secs_f64() * 1e3),
+            packet_bytes: path.map(|path| path.packet_bytes),
+            rate: path.and_then(|path| path.rate),
+            loss_percent: path.map(|path| path.loss_ppm as f64 / 1e4),
+            udp_sent: path.map(|path| path.sent),
+            udp_received: path.map(|path| path.received),
             trouble: if session.is_some() { None } else { self.trouble.clone() },
             paired_at: clock::rfc3339(srn_core::time::WallTime(self.record.paired_at)),
         }

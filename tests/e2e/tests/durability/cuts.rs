@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use serde_json::Value;
-use srn_e2e::{Chance, Lab, Node, PATIENCE, tool, wait_for};
+use srn_e2e::{Chance, Lab, Node, PATIENCE, Relay, tool, wait_for};
 use srn_nbd::client::Client;
 use tokio::task::JoinHandle;
 
@@ -15,7 +15,6 @@ use crate::common::{
     GROUP, expect_lost_link, expect_same, export_of, exported, protect, read_all, small_segments,
 };
 use crate::oracle::{Moment, Oracle, SECTOR};
-use crate::relay::Relay;
 
 /// The disk of these tests.
 const DISK: &str = "root";
@@ -35,7 +34,7 @@ async fn pair_through_relay(
     recovery.start().await;
     production.start().await;
     let target = SocketAddr::from((recovery.address(), 7310));
-    let relay = Relay::start(target, chance.next()).await;
+    let relay = Relay::start(target, chance.next());
     let token = recovery.token().await;
     let address = relay.address().to_string();
     let _ = production.srn_with_input(&["pair", &address], &token).await.done();
@@ -123,7 +122,7 @@ async fn the_link_comes_and_goes() {
     let lab = Lab::new();
     let (mut production, mut recovery) =
         (small_segments(&lab, "production"), small_segments(&lab, "recovery"));
-    let mut relay = pair_through_relay(&mut production, &mut recovery, &mut chance).await;
+    let relay = pair_through_relay(&mut production, &mut recovery, &mut chance).await;
     protect(&production, DISK, SIZE, &["--checkpoint-every", "1s"]).await;
     production.in_step(GROUP).await;
     let mut writer = Writer::start(production.open(&export_of(DISK)).await, chance.next());
@@ -135,7 +134,7 @@ async fn the_link_comes_and_goes() {
                 // Bad weather, and another port in the middle of it.
                 relay.disturb(chance.below(150), Duration::from_millis(1 + chance.below(40)));
                 writer.progress(100 + chance.below(200) as usize).await;
-                relay.rebind().await;
+                relay.rebind();
                 writer.progress(100).await;
                 "bad weather"
             }

@@ -17,7 +17,7 @@ use crate::common::{
     small_segments,
 };
 use crate::oracle::{Moment, Number, Oracle, SECTOR};
-use crate::relay::{Ending, Pipe};
+use crate::pipe::{Ending, Pipe};
 
 /// The disk of these tests.
 const DISK: &str = "root";

@@ -11,4 +11,4 @@ mod fencing;
 mod ghosts;
 mod kill;
 mod oracle;
-mod relay;
+mod pipe;
