@@ -11,6 +11,7 @@
 
 mod append;
 mod build;
+mod compact;
 mod cursor;
 mod digest;
 mod fork;
@@ -22,6 +23,7 @@ mod view;
 
 pub use append::{Appender, Committed};
 pub use build::{Change, OwnedRecord, Sums};
+pub use compact::Debt;
 pub use cursor::Cursor;
 pub use digest::{GrainHash, content_hash};
 pub use maintain::Worked;
@@ -44,7 +46,10 @@ use crate::error::{Doing, Result, StoreError};
 use crate::frame::Frame;
 use crate::index::{BlockCache, MarkPoint, MemTable, Run};
 use crate::io::{BufPool, Fs, Volume};
-use crate::manifest::{BaseMeta, Fence, Keep, Manifest, Note, Purpose, Role, TimelineMeta};
+use crate::layer::LayerFile;
+use crate::manifest::{
+    BaseMeta, Fence, Keep, LayerMeta, Manifest, Note, PieceMeta, Purpose, Role, TimelineMeta,
+};
 use crate::segment::{FreeSlots, SEGMENT_BYTES_MAX, SEGMENT_BYTES_MIN, Segment};
 
 /// What all groups of a node share.
@@ -98,6 +103,8 @@ pub struct Options {
     pub table_entries_max: usize,
     /// Segments that may wait for sealing before the appender seals them itself.
     pub unsealed_max: usize,
+    /// Pieces of history that are merged into a layer at once; at least 2.
+    pub layer_fan: usize,
 }
 
 impl Default for Options {
@@ -108,6 +115,7 @@ impl Default for Options {
             fill: true,
             table_entries_max: 128 * 1024,
             unsealed_max: 4,
+            layer_fan: 8,
         }
     }
 }
@@ -151,6 +159,8 @@ pub struct Group {
     publishing: Mutex<Publishing>,
     /// Held while a maintenance step runs.
     pub(crate) maintaining: Mutex<()>,
+    /// The merging of pieces into layers; of its own, because it takes long.
+    pub(crate) compacting: Mutex<compact::Compacting>,
     state: Mutex<State>,
 }
 
@@ -160,6 +170,8 @@ pub(crate) struct State {
     pub(crate) manifest: Manifest,
     /// Sealed segments by ordinal.
     pub(crate) segments: BTreeMap<u32, Arc<Segment>>,
+    /// Open layer files by ordinal.
+    pub(crate) layers: BTreeMap<u32, Arc<LayerFile>>,
     /// Open index files by number.
     pub(crate) runs: BTreeMap<u32, Arc<Run>>,
     pub(crate) lines: BTreeMap<EpochId, Line>,
@@ -220,7 +232,11 @@ pub struct Checkpoint {
 
 pub(crate) const LOG_DIR: &str = "log";
 pub(crate) const INDEX_DIR: &str = "index";
+pub(crate) const LAYER_DIR: &str = "layer";
 pub(crate) const BASE_DIR: &str = "base";
+
+/// The directories of a group.
+pub(crate) const DIRS: [&str; 4] = [LOG_DIR, INDEX_DIR, LAYER_DIR, BASE_DIR];
 
 impl Group {
     /// Makes a new group in `dir`, which must not hold one.
@@ -234,7 +250,7 @@ impl Group {
         if Manifest::exists(&shared.volume, dir)? {
             return Err(StoreError::Invalid(format!("{} holds a group already", dir.display())));
         }
-        for sub in [LOG_DIR, INDEX_DIR, BASE_DIR] {
+        for sub in DIRS {
             shared.volume.create_dir(&dir.join(sub)).doing(doing)?;
         }
         let epochs = EpochTable::new(new.epoch);
@@ -257,6 +273,7 @@ impl Group {
             main: new.epoch,
             timelines: BTreeMap::from([(new.epoch, line)]),
             segments: BTreeMap::new(),
+            layers: BTreeMap::new(),
             runs: BTreeMap::new(),
             base,
             notes: BTreeMap::new(),
@@ -390,6 +407,26 @@ impl Group {
         state.oldest(state.manifest.main)
     }
 
+    /// The position from which on every one can be recovered; before it only checkpoints can that
+    /// were kept. None for a cache, which holds no copy.
+    #[must_use]
+    pub fn window_start(&self) -> Option<Position> {
+        let state = self.lock();
+        let base = state.manifest.base.as_ref()?;
+        let line = state.manifest.timelines.get(&state.manifest.main);
+        let layer = line.and_then(|line| {
+            let is_layer = |piece: &&PieceMeta| state.manifest.layers.contains_key(&piece.ordinal);
+            line.pieces.iter().rev().find(is_layer).map(|piece| piece.last)
+        });
+        Some(layer.unwrap_or(base.catalog.at))
+    }
+
+    /// Bytes that the layers take: history of which only single points are kept.
+    #[must_use]
+    pub fn layer_bytes(&self) -> u64 {
+        self.lock().manifest.layers.values().map(LayerMeta::bytes).sum()
+    }
+
     /// The checkpoints of the main line that can be recovered, oldest first.
     ///
     /// # Errors
@@ -490,6 +527,22 @@ impl Group {
         change: impl FnOnce(&mut Manifest),
         install: impl FnOnce(&mut State),
     ) -> Result<()> {
+        self.publish_if(
+            |manifest| {
+                change(manifest);
+                true
+            },
+            install,
+        )
+        .map(|_| ())
+    }
+
+    /// The same, unless `change` says no; returns what it said.
+    pub(crate) fn publish_if(
+        &self,
+        change: impl FnOnce(&mut Manifest) -> bool,
+        install: impl FnOnce(&mut State),
+    ) -> Result<bool> {
         let open = self.publishing();
         if *open == Publishing::Over {
             return Err(StoreError::Invalid("the group is being deleted".into()));
@@ -500,7 +553,9 @@ impl Group {
             next.acked = state.acked;
             next
         };
-        change(&mut next);
+        if !change(&mut next) {
+            return Ok(false);
+        }
         next.generation += 1;
         next.store(&self.shared.volume, &self.dir)?;
         let mut state = self.lock();
@@ -510,20 +565,21 @@ impl Group {
         next.next_run = next.next_run.max(state.manifest.next_run);
         state.manifest = next;
         install(&mut state);
-        Ok(())
+        Ok(true)
     }
 }
 
 impl State {
     /// The oldest readable frame of a line.
     pub(crate) fn oldest(&self, epoch: EpochId) -> Seq {
-        let piece = self
-            .manifest
-            .timelines
-            .get(&epoch)
-            .and_then(|line| line.pieces.first())
-            .and_then(|piece| self.manifest.segments.get(&piece.ordinal))
-            .map(|segment| segment.first);
+        // A layer has no frames any more, and nothing before it can be sent without it.
+        let pieces = self.manifest.timelines.get(&epoch).map_or(&[][..], |line| &line.pieces);
+        let piece = pieces
+            .iter()
+            .rev()
+            .take_while(|piece| self.manifest.segments.contains_key(&piece.ordinal))
+            .last()
+            .map(|piece| piece.first);
         let open = || {
             self.lines.get(&epoch).map_or(Seq(1), |line| {
                 line.unsealed

@@ -16,6 +16,7 @@ pub mod frame;
 pub mod group;
 pub mod index;
 pub mod io;
+pub mod layer;
 pub mod manifest;
 pub mod segment;
 

@@ -4,7 +4,7 @@
 //!
 //! ```text
 //! magic, version | generation | group | role, keep, fence | acknowledged | counters
-//! | timelines | segments | runs | base | notes | BLAKE3 of all before
+//! | timelines | segments | layers | runs | base | notes | BLAKE3 of all before
 //! ```
 
 mod codec;
@@ -20,7 +20,7 @@ use srn_core::time::{LogTime, WallTime};
 use crate::catalog::Catalog;
 use crate::durable;
 use crate::error::{Doing, Result, StoreError};
-use crate::index::RunMeta;
+use crate::index::{RunMeta, span};
 use crate::io::{Fs, Volume};
 
 /// Which part a node plays in a group.
@@ -76,11 +76,13 @@ pub struct TimelineMeta {
     pub pieces: Vec<PieceMeta>,
 }
 
-/// A part of a line: a sealed segment, whole or up to a frame.
+/// A part of a line: a sealed segment, whole or up to a frame; or a layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PieceMeta {
-    /// The segment.
+    /// The segment or the layer.
     pub ordinal: u32,
+    /// Its first frame.
+    pub first: Seq,
     /// The last frame that belongs to the line.
     pub last: Position,
     /// That frame's log time.
@@ -106,6 +108,34 @@ pub struct SegmentMeta {
     pub last: Position,
     /// Offset behind its last frame, in bytes.
     pub end: u32,
+}
+
+/// A stretch of history of which only the end is a point in time.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LayerMeta {
+    /// The first frame of the stretch.
+    pub first: Seq,
+    /// Its last frame.
+    pub last: Position,
+    /// The files with its content; none when nothing was written in it.
+    pub files: Vec<LayerFileMeta>,
+}
+
+/// A file of a layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LayerFileMeta {
+    /// Its number, by which index entries name it. It is never used again.
+    pub ordinal: u32,
+    /// Its length in bytes.
+    pub bytes: u64,
+}
+
+impl LayerMeta {
+    /// Length of all its files in bytes.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.files.iter().map(|file| file.bytes).sum()
+    }
 }
 
 /// The base: each disk's content at one position.
@@ -147,6 +177,8 @@ pub struct Manifest {
     pub timelines: BTreeMap<EpochId, TimelineMeta>,
     /// Sealed segments by ordinal.
     pub segments: BTreeMap<u32, SegmentMeta>,
+    /// Layers by ordinal. Segments, layers and layer files share one sequence of ordinals.
+    pub layers: BTreeMap<u32, LayerMeta>,
     /// Index files by number.
     pub runs: BTreeMap<u32, RunMeta>,
     /// The base; none for a cache.
@@ -174,6 +206,19 @@ fn generation_of(name: &str) -> Option<u64> {
 }
 
 impl Manifest {
+    /// Forgets segments, layers and index files of pieces that no line has any more.
+    pub(crate) fn drop_unused(&mut self) {
+        let used: std::collections::BTreeSet<u32> = self
+            .timelines
+            .values()
+            .flat_map(|line| line.pieces.iter().map(|piece| piece.ordinal))
+            .collect();
+        self.segments.retain(|ordinal, _| used.contains(ordinal));
+        self.layers.retain(|ordinal, _| used.contains(ordinal));
+        let lines: Vec<&TimelineMeta> = self.timelines.values().collect();
+        self.runs.retain(|_, run| lines.iter().any(|line| span(run, &line.pieces).is_some()));
+    }
+
     /// Makes it durable as the newest one in `dir`, and removes those before the last.
     ///
     /// # Errors

@@ -123,19 +123,7 @@ impl Group {
         }
         self.publish(|manifest| {
             manifest.timelines.remove(&id);
-            let used: std::collections::BTreeSet<u32> = manifest
-                .timelines
-                .values()
-                .flat_map(|line| line.pieces.iter().map(|piece| piece.ordinal))
-                .collect();
-            manifest.segments.retain(|ordinal, _| used.contains(ordinal));
-            manifest.runs.retain(|_, run| {
-                let is_used = |line: &TimelineMeta| {
-                    line.pieces.iter().any(|piece| piece.last.seq == run.last && piece.is_prefix)
-                };
-                run.epoch != id
-                    && (run.level != PREFIX_LEVEL || manifest.timelines.values().any(is_used))
-            });
+            manifest.drop_unused();
         })?;
         let line = self.lock().lines.remove(&id);
         if let Some(mut line) = line {
@@ -172,10 +160,7 @@ impl Group {
         let line = line.ok_or_else(|| StoreError::NotInHistory("there is no main line".into()))?;
         let whole = line.pieces.partition_point(|piece| piece.last.seq <= at.seq);
         let pieces = line.pieces.get(..whole).unwrap_or_default().to_vec();
-        let partial = line.pieces.get(whole).copied().filter(|piece| {
-            let first = state.segments.get(&piece.ordinal).map(|segment| segment.header.first);
-            first.is_some_and(|first| first <= at.seq)
-        });
+        let partial = line.pieces.get(whole).copied().filter(|piece| piece.first <= at.seq);
         let sealed = pieces.last().map(|piece| piece.last.seq);
         let base = state.manifest.base.as_ref().map(|base| base.catalog.at.seq);
         if partial.is_none() && sealed.or(base) != Some(at.seq) {
@@ -209,12 +194,14 @@ impl Group {
             level: PREFIX_LEVEL,
             first: segment.header.first,
             last: at,
+            pieces: (whole.ordinal, whole.ordinal),
             points: table.points(),
             marks: table.marks(),
             catalog: &catalog.encode(),
         })?;
         let piece = PieceMeta {
             ordinal: whole.ordinal,
+            first: whole.first,
             last: at,
             last_log_time: catalog.log_time,
             is_prefix: true,

@@ -24,7 +24,7 @@ pub enum Worked {
 
 impl Group {
     /// Takes one step: seals a closed segment, trims a cache, prepares the next segment file,
-    /// retires, or merges indexes.
+    /// retires, merges indexes, or merges pieces of history into a layer.
     ///
     /// # Errors
     /// As the volume says; [`StoreError::Full`] when there is no room for the next segment file,
@@ -33,7 +33,7 @@ impl Group {
         if self.seal_oldest()? {
             return Ok(Worked::Something);
         }
-        let _one_at_a_time = self.maintaining.lock().unwrap_or_else(PoisonError::into_inner);
+        let one_at_a_time = self.maintaining.lock().unwrap_or_else(PoisonError::into_inner);
         if self.trim_oldest()? || self.shrink()? {
             return Ok(Worked::Something);
         }
@@ -43,6 +43,10 @@ impl Group {
         }
         // Retiring is what makes room again, so a full volume must not keep it from running.
         if self.retire_oldest(retention)? == Worked::Something || self.merge_runs()? {
+            return Ok(Worked::Something);
+        }
+        drop(one_at_a_time);
+        if self.compact(retention)? == Worked::Something {
             return Ok(Worked::Something);
         }
         spare.map(|_| Worked::Nothing)
@@ -96,6 +100,7 @@ impl Group {
                 level: 0,
                 first: header.first,
                 last: open.last,
+                pieces: (open.segment.ordinal, open.segment.ordinal),
                 points: table.points(),
                 marks: table.marks(),
                 catalog: &catalog.encode(),
@@ -113,6 +118,7 @@ impl Group {
         };
         let piece = PieceMeta {
             ordinal: open.segment.ordinal,
+            first: header.first,
             last: open.last,
             last_log_time: catalog.log_time,
             is_prefix: false,
@@ -178,7 +184,8 @@ impl Group {
         let inputs = {
             let state = self.lock();
             let all: Vec<RunMeta> = state.manifest.runs.values().copied().collect();
-            let chosen = state.manifest.timelines.keys().find_map(|epoch| next_merge(&all, *epoch));
+            let lines = state.manifest.timelines.values();
+            let chosen = lines.into_iter().find_map(|line| next_merge(&all, &line.pieces));
             chosen.map(|metas| {
                 metas
                     .iter()
@@ -198,6 +205,7 @@ impl Group {
             level: first.meta().level + 1,
             first: first.meta().first,
             last: last.last(),
+            pieces: (first.meta().pieces.0, last.meta().pieces.1),
             points: &[],
             marks: &[],
             catalog: &[],

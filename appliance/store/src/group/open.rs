@@ -23,7 +23,8 @@ use super::append::Appender;
 use super::fork::begin_epoch;
 use super::view::{Leases, decode_catalog};
 use super::{
-    BASE_DIR, Group, INDEX_DIR, LOG_DIR, Line, Options, Shared, State, Unsealed, check_options,
+    BASE_DIR, DIRS, Group, INDEX_DIR, LAYER_DIR, LOG_DIR, Line, Options, Shared, State, Unsealed,
+    check_options,
 };
 use crate::base::Base;
 use crate::catalog::Catalog;
@@ -31,6 +32,7 @@ use crate::error::{Doing, Result, StoreError};
 use crate::frame::Frame;
 use crate::index::{MemTable, Run, run_number_of};
 use crate::io::{Access, AlignedBuf, File, Fs};
+use crate::layer::{self, LayerFile, LayerHeader};
 use crate::manifest::{Keep, Manifest, Purpose, TimelineMeta};
 use crate::segment::{self, FreeSlots, HEADER_LEN, Segment, SegmentHeader, scan};
 
@@ -84,11 +86,12 @@ impl Group {
             shared.volume.sync_dir(path).doing(|| format!("syncing {}", path.display()))
         };
         sync(dir)?;
-        [LOG_DIR, INDEX_DIR, BASE_DIR].iter().try_for_each(|sub| sync(&dir.join(sub)))?;
+        DIRS.iter().try_for_each(|sub| sync(&dir.join(sub)))?;
         let manifest = Manifest::load(&shared.volume, dir)?;
         let free = Arc::new(FreeSlots::default());
         let (segments, mut loose) = open_segments(shared, dir, &manifest, &free)?;
         let slot_count = (segments.len() + loose.len()) as u64;
+        let layers = open_layers(shared, dir, &manifest)?;
         let runs = open_runs(shared, dir, &manifest)?;
         let base = open_base(shared, dir, &manifest)?;
         let next_slot = loose.iter().map(|loose| loose.slot + 1).max().unwrap_or(0);
@@ -96,6 +99,7 @@ impl Group {
         let mut state = State {
             manifest,
             segments,
+            layers,
             runs,
             lines: BTreeMap::new(),
             base,
@@ -115,6 +119,7 @@ impl Group {
             free,
             publishing: Mutex::default(),
             maintaining: Mutex::new(()),
+            compacting: Mutex::default(),
             state: Mutex::new(state),
         });
         group.redo_retirement()?;
@@ -383,6 +388,18 @@ impl Group {
         let mut state = self.lock();
         state.manifest.next_run = state.manifest.next_run.max(highest);
         drop(state);
+        let dir = self.dir.join(LAYER_DIR);
+        for name in list(&dir)? {
+            let ordinal = layer::number_of(&name);
+            let mut state = self.lock();
+            if ordinal.is_none_or(|ordinal| !state.layers.contains_key(&ordinal)) {
+                // It may come back after a power cut: its number is not used again.
+                let next = ordinal.map_or(0, |ordinal| ordinal.saturating_add(1));
+                state.manifest.next_ordinal = state.manifest.next_ordinal.max(next);
+                drop(state);
+                let _ = volume.remove(&dir.join(&name));
+            }
+        }
         let dir = self.dir.join(BASE_DIR);
         for name in list(&dir)? {
             if !base.contains(&name) {
@@ -473,6 +490,28 @@ fn open_runs(shared: &Shared, dir: &Path, manifest: &Manifest) -> Result<BTreeMa
     let index = dir.join(INDEX_DIR);
     let open = |meta| Run::open(&shared.volume, &index, manifest.group, meta, &shared.cache);
     manifest.runs.iter().map(|(file, meta)| Ok((*file, Arc::new(open(meta)?)))).collect()
+}
+
+fn open_layers(
+    shared: &Shared,
+    dir: &Path,
+    manifest: &Manifest,
+) -> Result<BTreeMap<u32, Arc<LayerFile>>> {
+    let dir = dir.join(LAYER_DIR);
+    let mut open = BTreeMap::new();
+    for meta in manifest.layers.values() {
+        for file in &meta.files {
+            let header = LayerHeader {
+                ordinal: file.ordinal,
+                group: manifest.group,
+                first: meta.first,
+                last: meta.last,
+            };
+            let layer = LayerFile::open(&shared.volume, &dir, &header, file.bytes)?;
+            open.insert(file.ordinal, Arc::new(layer));
+        }
+    }
+    Ok(open)
 }
 
 fn open_base(shared: &Shared, dir: &Path, manifest: &Manifest) -> Result<Option<Arc<Base>>> {

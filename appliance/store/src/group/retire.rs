@@ -12,7 +12,7 @@
 //! After a crash between 2 and 4 the same is done again from the same pieces and the intent: whole
 //! pages come from the log again, partial ones from the intent, whatever state the base is in.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use srn_core::bytes::{Reader, Truncated, Writer};
@@ -23,14 +23,14 @@ use srn_core::limits::{PAGE, PAGE_SECTORS, SECTOR};
 
 use super::maintain::Worked;
 use super::view::decode_catalog;
-use super::{BASE_DIR, Group};
+use super::{BASE_DIR, Group, LAYER_DIR};
 use crate::base::{Base, BaseDisk};
 use crate::catalog::{Catalog, position, put_position};
 use crate::durable;
 use crate::error::{Result, StoreError};
 use crate::index::{Item, Merge, Place, Run};
 use crate::io::{AlignedBuf, Fs};
-use crate::manifest::{BaseMeta, PieceMeta, Purpose};
+use crate::manifest::{BaseMeta, PieceMeta};
 
 /// What has to stay recoverable. The caller decides; the store only makes sure that nobody who
 /// holds on to a position loses it.
@@ -50,9 +50,10 @@ impl Retention {
         Self { keep_from: seq, points: Vec::new() }
     }
 
-    /// The oldest position that is still needed.
-    fn oldest(&self) -> Seq {
-        self.points.first().map_or(self.keep_from, |point| self.keep_from.min(*point))
+    /// The last position that nobody needs: the base may come up to it. It stays before the oldest
+    /// point, whose mark lies in the log.
+    pub(super) fn floor(&self) -> Seq {
+        self.points.first().map_or(self.keep_from, |point| self.keep_from.min(point.prev()))
     }
 }
 
@@ -135,24 +136,7 @@ impl Group {
         let base = state.base.clone()?;
         let main = state.manifest.main;
         let piece = *state.manifest.timelines.get(&main)?.pieces.first()?;
-        let line = state.lines.get(&main)?;
-        let mut floor = retention.oldest();
-        if let Some(lowest) = state.leases.lowest() {
-            floor = floor.min(lowest);
-        }
-        // A clone reads from its fork on; a branch was left where the main line forked.
-        let line_of_main = &state.manifest.timelines.get(&main)?.epochs;
-        for other in state.manifest.timelines.values() {
-            if other.purpose != Purpose::Main {
-                floor = floor.min(line_of_main.common_with(&other.epochs).unwrap_or(Seq::ZERO));
-            }
-        }
-        // In the middle of a resync the newest point that can be recovered is the last clean one.
-        if !line.catalog.is_clean()
-            && let Some(clean) = line.catalog.last_clean
-        {
-            floor = floor.min(clean.seq);
-        }
+        let floor = state.floor(retention);
         (piece.last.seq <= floor).then_some((piece, base))
     }
 
@@ -227,10 +211,8 @@ impl Group {
             out.fill(0);
             return Ok(());
         };
-        let segment = self.lock().segments.get(segment).cloned().ok_or_else(|| {
-            StoreError::Corrupt(format!("an index names log segment {segment}, which is gone"))
-        })?;
-        super::view::read_block(&self.shared.pool, &segment, place, out)
+        let content = self.lock().content(*segment)?;
+        super::view::read_block(&self.shared.pool, &content, place, out)
     }
 
     fn finish_retirement(&self, base: &Base, piece: &PieceMeta, behind: Catalog) -> Result<()> {
@@ -266,22 +248,7 @@ impl Group {
                     line.pieces.retain(|kept| kept.last.seq > piece.last.seq);
                 }
             }
-            let used: std::collections::BTreeSet<u32> = manifest
-                .timelines
-                .values()
-                .flat_map(|line| line.pieces.iter().map(|piece| piece.ordinal))
-                .collect();
-            manifest.segments.retain(|ordinal, _| used.contains(ordinal));
-            // An index that reaches back beyond the base names segments that are gone.
-            let oldest: BTreeMap<_, Seq> =
-                manifest.segments.values().fold(BTreeMap::new(), |mut oldest, segment| {
-                    let seq = oldest.entry(segment.epoch).or_insert(segment.first);
-                    *seq = (*seq).min(segment.first);
-                    oldest
-                });
-            manifest
-                .runs
-                .retain(|_, run| oldest.get(&run.epoch).is_some_and(|first| run.first >= *first));
+            manifest.drop_unused();
             if let Some(base) = base {
                 manifest.base = Some(base);
             }
@@ -290,9 +257,9 @@ impl Group {
         Ok(())
     }
 
-    /// Lets go of segments and index files that the manifest no longer lists.
+    /// Lets go of segments, layers and index files that the manifest no longer lists.
     pub(super) fn forget_unlisted(&self) {
-        let (runs, segments) = {
+        let (runs, segments, layers) = {
             let mut guard = self.lock();
             let state = &mut *guard;
             let listed = &state.manifest;
@@ -304,6 +271,16 @@ impl Group {
                 .filter(|ordinal| !listed.segments.contains_key(ordinal))
                 .copied()
                 .collect();
+            let used: BTreeSet<u32> = listed
+                .layers
+                .values()
+                .flat_map(|layer| layer.files.iter().map(|file| file.ordinal))
+                .collect();
+            let layers: Vec<u32> =
+                state.layers.keys().filter(|ordinal| !used.contains(ordinal)).copied().collect();
+            for ordinal in &layers {
+                state.layers.remove(ordinal);
+            }
             let dropped: Vec<_> =
                 segments.iter().filter_map(|ordinal| state.segments.remove(ordinal)).collect();
             for file in &runs {
@@ -312,12 +289,17 @@ impl Group {
             for line in state.lines.values_mut() {
                 line.sources = None;
             }
-            (runs, dropped)
+            (runs, dropped, layers)
         };
         // Outside the lock: the last holder gives the file back.
         drop(segments);
         for file in runs {
             let path = self.dir.join(super::INDEX_DIR).join(crate::index::run_file_name(file));
+            let _ = self.shared.volume.remove(&path);
+        }
+        // Who still reads one holds it open.
+        for ordinal in layers {
+            let path = self.dir.join(LAYER_DIR).join(crate::layer::file_name(ordinal));
             let _ = self.shared.volume.remove(&path);
         }
     }

@@ -15,8 +15,9 @@ use crate::base::Base;
 use crate::catalog::Catalog;
 use crate::codec::Codecs;
 use crate::error::{Doing, Result, StoreError};
-use crate::index::{Lookup, MemTable, Place, Run, SeqPoint, cover};
-use crate::io::BufPool;
+use crate::index::{Lookup, MemTable, Place, Run, RunMeta, SeqPoint, cover};
+use crate::io::{BufPool, File, PooledBuf};
+use crate::layer::LayerFile;
 use crate::manifest::{Keep, PieceMeta};
 use crate::segment::{Segment, scan};
 
@@ -25,8 +26,33 @@ use crate::segment::{Segment, scan};
 pub(crate) struct Sources {
     tables: Vec<Arc<RwLock<MemTable>>>,
     runs: Vec<Arc<Run>>,
-    segments: BTreeMap<u32, Arc<Segment>>,
+    contents: BTreeMap<u32, Content>,
     base: Option<Arc<Base>>,
+}
+
+/// A file with content that index entries name. Whoever holds it may read it.
+#[derive(Debug, Clone)]
+pub(crate) enum Content {
+    Segment(Arc<Segment>),
+    Layer(Arc<LayerFile>),
+}
+
+impl Content {
+    fn file(&self) -> &Arc<dyn File> {
+        match self {
+            Self::Segment(segment) => &segment.file,
+            Self::Layer(layer) => &layer.file,
+        }
+    }
+}
+
+impl std::fmt::Display for Content {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Segment(segment) => write!(f, "log segment {}", segment.slot),
+            Self::Layer(layer) => write!(f, "layer file {}", layer.ordinal),
+        }
+    }
 }
 
 /// Positions that readers hold on to: the base does not pass the lowest.
@@ -127,7 +153,7 @@ impl Group {
         if let Some(segment) = partial {
             let table = self.table_up_to(&segment, seq, &mut catalog)?;
             sources.tables.insert(0, Arc::new(RwLock::new(table)));
-            sources.segments.insert(segment.ordinal, segment);
+            sources.contents.insert(segment.ordinal, Content::Segment(segment));
         }
         if catalog.at.seq != seq {
             return Err(StoreError::NotInHistory(format!("there is no frame {seq} in the log")));
@@ -192,15 +218,10 @@ impl Group {
                 return Ok(table.points().to_vec());
             }
         }
-        let header = &segment.header;
-        let run = state
-            .runs
-            .values()
-            .find(|run| {
-                let meta = run.meta();
-                meta.level == 0 && meta.epoch == header.epoch && meta.first == header.first
-            })
-            .cloned();
+        // That of a part of it up to a fork begins at the same places.
+        let only = (segment.ordinal, segment.ordinal);
+        let of_segment = state.runs.values().filter(|run| run.meta().pieces == only);
+        let run = of_segment.max_by_key(|run| run.meta().last).cloned();
         drop(state);
         run.map_or_else(|| Ok(Vec::new()), |run| run.points())
     }
@@ -246,9 +267,15 @@ impl State {
         let whole = whole.unwrap_or_default();
         let mut partial = all
             .get(whole.len())
-            .and_then(|piece| self.segments.get(&piece.ordinal))
-            .filter(|segment| segment.header.first <= seq)
-            .cloned();
+            .filter(|piece| piece.first <= seq)
+            .map(|piece| {
+                self.segments.get(&piece.ordinal).cloned().ok_or_else(|| {
+                    StoreError::NotInHistory(format!(
+                        "frame {seq} lies between two checkpoints that were kept, and was given up"
+                    ))
+                })
+            })
+            .transpose()?;
         let mut tables = Vec::new();
         let mut behind = None;
         for open in line.unsealed.iter().filter(|open| open.segment.header.first <= seq) {
@@ -274,10 +301,13 @@ impl State {
 
     /// The index of one sealed piece.
     pub(super) fn run_of(&self, piece: &PieceMeta) -> Result<Arc<Run>> {
-        let first = self.segments.get(&piece.ordinal).map(|segment| segment.header.first);
         self.runs
             .values()
-            .find(|run| run.last() == piece.last && Some(run.meta().first) == first)
+            .find(|run| {
+                run.meta().pieces == (piece.ordinal, piece.ordinal)
+                    && run.last() == piece.last
+                    && run.meta().first == piece.first
+            })
             .cloned()
             .ok_or_else(|| {
                 StoreError::Corrupt(format!("no index for frames up to {}", piece.last.seq))
@@ -287,33 +317,17 @@ impl State {
     /// The runs that cover `pieces`, oldest first.
     pub(super) fn runs_for(&self, pieces: &[PieceMeta]) -> Result<Vec<Arc<Run>>> {
         let all: Vec<_> = self.manifest.runs.values().copied().collect();
-        let mut found = Vec::new();
-        let mut rest = pieces;
-        while let Some(piece) = rest.first() {
-            let first = self.segments.get(&piece.ordinal).ok_or_else(|| {
-                StoreError::Corrupt(format!("log segment {} is not open", piece.ordinal))
-            })?;
-            let epoch = first.header.epoch;
-            let of_epoch = rest.iter().take_while(|piece| {
-                self.segments
-                    .get(&piece.ordinal)
-                    .is_some_and(|segment| segment.header.epoch == epoch)
-            });
-            let count = of_epoch.count();
-            let (these, behind) = rest.split_at(count);
-            let last = these.last().map_or(Seq::ZERO, |piece| piece.last.seq);
-            let runs = cover(&all, epoch, first.header.first, last).ok_or_else(|| {
-                StoreError::Corrupt(format!("no index covers frames up to {last}"))
-            })?;
-            for run in runs {
-                let open = self.runs.get(&run.file).cloned();
-                found.push(open.ok_or_else(|| {
-                    StoreError::Corrupt(format!("index file {} is not open", run.file))
-                })?);
-            }
-            rest = behind;
-        }
-        Ok(found)
+        let chosen = cover(&all, pieces).ok_or_else(|| {
+            let last = pieces.last().map_or(Seq::ZERO, |piece| piece.last.seq);
+            StoreError::Corrupt(format!("no index covers frames up to {last}"))
+        })?;
+        let open = |run: &RunMeta| {
+            self.runs
+                .get(&run.file)
+                .cloned()
+                .ok_or_else(|| StoreError::Corrupt(format!("index file {} is not open", run.file)))
+        };
+        chosen.iter().map(open).collect()
     }
 
     /// The index of each sealed piece of a line, oldest first.
@@ -329,16 +343,36 @@ impl State {
     ) -> Result<Sources> {
         let mut runs = self.runs_for(pieces)?;
         runs.reverse();
-        let sealed = pieces.iter().filter_map(|piece| {
-            self.segments.get(&piece.ordinal).map(|segment| (piece.ordinal, segment.clone()))
-        });
-        let open = tables.iter().map(|(_, segment)| (segment.ordinal, segment.clone()));
+        let mut contents: BTreeMap<u32, Content> = tables
+            .iter()
+            .map(|(_, segment)| (segment.ordinal, Content::Segment(segment.clone())))
+            .collect();
+        for piece in pieces {
+            for ordinal in self.files_of(piece) {
+                contents.insert(ordinal, self.content(ordinal)?);
+            }
+        }
         Ok(Sources {
             tables: tables.iter().rev().map(|(table, _)| table.clone()).collect(),
             runs,
-            segments: sealed.chain(open).collect(),
+            contents,
             base: self.base.clone(),
         })
+    }
+
+    /// The files with a piece's content.
+    fn files_of(&self, piece: &PieceMeta) -> Vec<u32> {
+        self.manifest.layers.get(&piece.ordinal).map_or_else(
+            || vec![piece.ordinal],
+            |layer| layer.files.iter().map(|file| file.ordinal).collect(),
+        )
+    }
+
+    /// The file that an index entry names.
+    pub(super) fn content(&self, ordinal: u32) -> Result<Content> {
+        let segment = self.segments.get(&ordinal).cloned().map(Content::Segment);
+        let layer = || self.layers.get(&ordinal).cloned().map(Content::Layer);
+        segment.or_else(layer).ok_or_else(|| gone(ordinal))
     }
 
     fn head_sources(&mut self, epoch: EpochId) -> Result<Arc<Sources>> {
@@ -452,12 +486,8 @@ impl Sources {
             match (place, &self.base) {
                 (Some(Place::Zero { .. }), _) | (None, None) => to.fill(0),
                 (Some(place @ Place::Block { segment, .. }), _) => {
-                    let segment = self.segments.get(&segment).ok_or_else(|| {
-                        StoreError::Corrupt(format!(
-                            "an index names log segment {segment}, which is gone"
-                        ))
-                    })?;
-                    read_block(&group.shared.pool, segment, &place, to)?;
+                    let content = self.contents.get(&segment).ok_or_else(|| gone(segment))?;
+                    read_block(&group.shared.pool, content, &place, to)?;
                 }
                 (None, Some(base)) => base.read(disk, part, to)?,
             }
@@ -517,36 +547,94 @@ fn ask(
     Ok(still)
 }
 
-/// Reads the content of a place in the log, and verifies the whole block that holds it.
+fn gone(ordinal: u32) -> StoreError {
+    StoreError::Corrupt(format!("an index names file {ordinal} of the history, which is gone"))
+}
+
+/// Reads the content of a place in the history, and verifies the whole block that holds it.
 pub(super) fn read_block(
     pool: &BufPool,
-    file: &Segment,
+    from: &Content,
     place: &Place,
     out: &mut [u8],
 ) -> Result<()> {
-    let Place::Block { segment, offset, stored_len, codec, sum, sectors, skip } = place else {
+    if matches!(place, Place::Zero { .. }) {
         out.fill(0);
         return Ok(());
-    };
-    let damaged = || {
-        StoreError::Corrupt(format!(
-            "content in log segment {segment} at {offset} does not have its checksum"
-        ))
+    }
+    let stored = stored_block(pool, from, place)?;
+    decode_block(from, place, &stored, |content, skip| {
+        let part = content.get(skip..skip + out.len());
+        part.map(|part| out.copy_from_slice(part))
+    })
+}
+
+/// A block as it is stored: a part of a buffer that was read around it.
+pub(super) struct StoredBlock {
+    buf: PooledBuf,
+    range: std::ops::Range<usize>,
+}
+
+impl std::ops::Deref for StoredBlock {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        self.buf.get(self.range.clone()).unwrap_or_default()
+    }
+}
+
+fn damaged(from: &Content, place: &Place) -> StoreError {
+    let at = if let Place::Block { offset, .. } = place { *offset } else { 0 };
+    StoreError::Corrupt(format!("content in {from} at {at} does not have its checksum"))
+}
+
+/// Reads the whole block of a place, as it is stored. Nothing is verified yet.
+pub(super) fn stored_block(pool: &BufPool, from: &Content, place: &Place) -> Result<StoredBlock> {
+    let Place::Block { offset, stored_len, .. } = place else {
+        return Err(StoreError::Invalid("zeros are not stored".into()));
     };
     // Direct input wants whole pages.
     let page = PAGE as u64;
     let start = u64::from(*offset) / page * page;
     let end = (u64::from(*offset) + u64::from(*stored_len)).next_multiple_of(page);
     let mut buf = pool.take(usize::try_from(end - start).unwrap_or(BLOCK_MAX + PAGE));
-    let read = file
-        .file
-        .read_at(&mut buf, start)
-        .doing(|| format!("reading log segment {segment} at {start}"))?;
+    let read =
+        from.file().read_at(&mut buf, start).doing(|| format!("reading {from} at {start}"))?;
     let before = usize::try_from(u64::from(*offset) - start).unwrap_or(0);
-    let stored = buf
-        .get(before..before + *stored_len as usize)
-        .filter(|_| read >= before + *stored_len as usize)
-        .ok_or_else(damaged)?;
+    let range = before..before + *stored_len as usize;
+    if read < range.end || buf.len() < range.end {
+        return Err(damaged(from, place));
+    }
+    Ok(StoredBlock { buf, range })
+}
+
+/// The part of a block that a place means, verified.
+pub(super) fn part_of_block(
+    from: &Content,
+    place: &Place,
+    stored: &[u8],
+    extent: Extent,
+) -> Result<Vec<u8>> {
+    let len = usize::try_from(extent.bytes()).unwrap_or(usize::MAX);
+    let mut part = Vec::new();
+    decode_block(from, place, stored, |content, skip| {
+        part.extend_from_slice(content.get(skip..skip.checked_add(len)?)?);
+        Some(())
+    })?;
+    Ok(part)
+}
+
+/// Decodes and verifies a block, and hands its content to `take`, with the bytes to skip.
+fn decode_block(
+    from: &Content,
+    place: &Place,
+    stored: &[u8],
+    take: impl FnOnce(&[u8], usize) -> Option<()>,
+) -> Result<()> {
+    let Place::Block { codec, sum, sectors, skip, .. } = place else {
+        return Err(StoreError::Invalid("zeros are not stored".into()));
+    };
+    let damaged = || damaged(from, place);
     let bytes = |sectors: u8| usize::from(sectors) * usize::try_from(SECTOR).unwrap_or(512);
     let mut decoded = [0u8; BLOCK_MAX];
     let content = if *codec == Codec::Raw {
@@ -561,7 +649,5 @@ pub(super) fn read_block(
     if content_sum(content) != *sum {
         return Err(damaged());
     }
-    let from = bytes(*skip);
-    out.copy_from_slice(content.get(from..from + out.len()).ok_or_else(damaged)?);
-    Ok(())
+    take(content, bytes(*skip)).ok_or_else(damaged)
 }

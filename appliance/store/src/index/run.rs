@@ -10,7 +10,7 @@
 mod read;
 mod write;
 
-pub use read::{BlockCache, Run};
+pub use read::{BlockCache, Entries, Run};
 pub use write::{RunScope, RunWriter};
 
 use srn_core::bytes::content_sum;
@@ -55,6 +55,8 @@ pub struct RunMeta {
     pub first: Seq,
     /// The last frame.
     pub last: Seq,
+    /// Ordinals of the first and the last piece of history that it is the index of.
+    pub pieces: (u32, u32),
     /// Number of entries.
     pub entries: u64,
 }
@@ -154,6 +156,7 @@ mod tests {
                 level: 2,
                 first: Seq(5),
                 last: Position { epoch: EpochId([0x11; 16]), seq: Seq(7), hash },
+                pieces: (3, 4),
                 points: &[point],
                 marks: &[mark],
                 catalog: &[0xca, 0x7a, 0x10],

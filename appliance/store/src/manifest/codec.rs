@@ -8,7 +8,8 @@ use srn_core::state::Cause;
 use srn_core::time::{LogTime, WallTime};
 
 use super::{
-    BaseMeta, Fence, Keep, Manifest, Note, PieceMeta, Purpose, Role, SegmentMeta, TimelineMeta,
+    BaseMeta, Fence, Keep, LayerFileMeta, LayerMeta, Manifest, Note, PieceMeta, Purpose, Role,
+    SegmentMeta, TimelineMeta,
 };
 use crate::catalog::{Catalog, position, put_position};
 use crate::index::RunMeta;
@@ -62,6 +63,7 @@ pub(super) fn encode(manifest: &Manifest) -> Vec<u8> {
         put_count(&mut out, timeline.pieces.len());
         for piece in &timeline.pieces {
             out.put_u32(piece.ordinal);
+            out.put_u64(piece.first.0);
             put_position(&mut out, &piece.last);
             out.put_u64(piece.last_log_time.0);
             out.put_u8(u8::from(piece.is_prefix));
@@ -78,6 +80,17 @@ pub(super) fn encode(manifest: &Manifest) -> Vec<u8> {
         put_position(&mut out, &segment.last);
         out.put_u32(segment.end);
     }
+    put_count(&mut out, manifest.layers.len());
+    for (ordinal, layer) in &manifest.layers {
+        out.put_u32(*ordinal);
+        out.put_u64(layer.first.0);
+        put_position(&mut out, &layer.last);
+        put_count(&mut out, layer.files.len());
+        for file in &layer.files {
+            out.put_u32(file.ordinal);
+            out.put_u64(file.bytes);
+        }
+    }
     put_count(&mut out, manifest.runs.len());
     for run in manifest.runs.values() {
         out.put_u32(run.file);
@@ -85,6 +98,8 @@ pub(super) fn encode(manifest: &Manifest) -> Vec<u8> {
         out.put(&run.epoch.0);
         out.put_u64(run.first.0);
         out.put_u64(run.last.0);
+        out.put_u32(run.pieces.0);
+        out.put_u32(run.pieces.1);
         out.put_u64(run.entries);
     }
     out.put_u8(u8::from(manifest.base.is_some()));
@@ -141,6 +156,7 @@ pub(super) fn decode(bytes: &[u8]) -> Result<Manifest, BadManifest> {
             let pieces = list(reader, |reader| {
                 Ok(PieceMeta {
                     ordinal: reader.u32()?,
+                    first: Seq(reader.u64()?),
                     last: position(reader)?,
                     last_log_time: LogTime(reader.u64()?),
                     is_prefix: reader.u8()? == 1,
@@ -161,6 +177,15 @@ pub(super) fn decode(bytes: &[u8]) -> Result<Manifest, BadManifest> {
             };
             Ok((ordinal, segment))
         })?,
+        layers: list(&mut reader, |reader| {
+            let ordinal = reader.u32()?;
+            let first = Seq(reader.u64()?);
+            let last = position(reader)?;
+            let files = list(reader, |reader| {
+                Ok(LayerFileMeta { ordinal: reader.u32()?, bytes: reader.u64()? })
+            })?;
+            Ok((ordinal, LayerMeta { first, last, files }))
+        })?,
         runs: list(&mut reader, |reader| {
             let run = RunMeta {
                 file: reader.u32()?,
@@ -168,6 +193,7 @@ pub(super) fn decode(bytes: &[u8]) -> Result<Manifest, BadManifest> {
                 epoch: EpochId(reader.array()?),
                 first: Seq(reader.u64()?),
                 last: Seq(reader.u64()?),
+                pieces: (reader.u32()?, reader.u32()?),
                 entries: reader.u64()?,
             };
             Ok((run.file, run))
@@ -200,8 +226,10 @@ fn check(manifest: &Manifest, rest: &Reader<'_>) -> Result<(), BadManifest> {
     }
     let pieces = manifest.timelines.values().flat_map(|timeline| &timeline.pieces);
     for piece in pieces {
-        if !manifest.segments.contains_key(&piece.ordinal) {
-            return Err(BadManifest::Damaged("a line has a segment that is not listed"));
+        if !manifest.segments.contains_key(&piece.ordinal)
+            && !manifest.layers.contains_key(&piece.ordinal)
+        {
+            return Err(BadManifest::Damaged("a line has a segment or layer that is not listed"));
         }
     }
     Ok(())
@@ -286,7 +314,18 @@ mod tests {
     fn sample() -> Manifest {
         let epochs = EpochTable::new(EpochId([1; 16]));
         let last = Position { epoch: EpochId([1; 16]), seq: Seq(9), hash: FrameHash([3; 16]) };
-        let piece = PieceMeta { ordinal: 4, last, last_log_time: LogTime(5), is_prefix: false };
+        let piece = PieceMeta {
+            ordinal: 4,
+            first: Seq(1),
+            last,
+            last_log_time: LogTime(5),
+            is_prefix: false,
+        };
+        let layer = LayerMeta {
+            first: Seq(2),
+            last,
+            files: vec![LayerFileMeta { ordinal: 11, bytes: 0x3000 }],
+        };
         let timeline = TimelineMeta {
             epochs: epochs.clone(),
             purpose: Purpose::Main,
@@ -308,6 +347,7 @@ mod tests {
             epoch: EpochId([1; 16]),
             first: Seq(1),
             last: Seq(9),
+            pieces: (4, 6),
             entries: 3,
         };
         Manifest {
@@ -325,6 +365,7 @@ mod tests {
             main: EpochId([1; 16]),
             timelines: BTreeMap::from([(EpochId([1; 16]), timeline)]),
             segments: BTreeMap::from([(4, segment)]),
+            layers: BTreeMap::from([(10, layer)]),
             runs: BTreeMap::from([(2, run)]),
             base: Some(BaseMeta { catalog: Catalog::new(last) }),
             notes: BTreeMap::from([(
@@ -348,24 +389,28 @@ mod tests {
 
     #[test]
     fn manifest_bytes_are_pinned() {
-        let expected = "53524e6d 0100 0000 0300000000000000 02020202020202020202020202020202 0300 \
-                        776562 01 01 02 ffffffffffffffff 01 0100 01010101010101010101010101010101 \
-                        01010101010101010101010101010101 0000000000000000 \
-                        00000000000000000000000000000000 0800000000000000 05000000 08000000 03000000 \
-                        01010101010101010101010101010101 01000000 0100 \
+        let expected = "53524e6d 0100 0000 0300000000000000 02020202020202020202020202020202 \
+                        0300 776562 01 01 02 ffffffffffffffff 01 0100 \
                         01010101010101010101010101010101 01010101010101010101010101010101 \
-                        0000000000000000 00000000000000000000000000000000 00 0600000000000000 01000000 \
-                        04000000 01010101010101010101010101010101 0900000000000000 \
-                        03030303030303030303030303030303 0500000000000000 00 01000000 04000000 \
-                        07000000 0800000000000000 01010101010101010101010101010101 0100000000000000 \
+                        0000000000000000 00000000000000000000000000000000 0800000000000000 \
+                        05000000 08000000 03000000 01010101010101010101010101010101 01000000 \
+                        0100 01010101010101010101010101010101 01010101010101010101010101010101 \
+                        0000000000000000 00000000000000000000000000000000 00 0600000000000000 \
+                        01000000 04000000 0100000000000000 01010101010101010101010101010101 \
+                        0900000000000000 03030303030303030303030303030303 0500000000000000 00 \
+                        01000000 04000000 07000000 0800000000000000 \
+                        01010101010101010101010101010101 0100000000000000 \
                         00000000000000000000000000000000 01010101010101010101010101010101 \
-                        0900000000000000 03030303030303030303030303030303 00100000 01000000 02000000 \
-                        00 01010101010101010101010101010101 0100000000000000 0900000000000000 \
-                        0300000000000000 01 01010101010101010101010101010101 0900000000000000 \
-                        03030303030303030303030303030303 0000000000000000 0000000000000000 00 00000000 \
-                        00000000 01000000 09090909090909090909090909090909 01 1100 \
+                        0900000000000000 03030303030303030303030303030303 00100000 01000000 \
+                        0a000000 0200000000000000 01010101010101010101010101010101 \
+                        0900000000000000 03030303030303030303030303030303 01000000 0b000000 \
+                        0030000000000000 01000000 02000000 00 01010101010101010101010101010101 \
+                        0100000000000000 0900000000000000 04000000 06000000 0300000000000000 01 \
+                        01010101010101010101010101010101 0900000000000000 \
+                        03030303030303030303030303030303 0000000000000000 0000000000000000 00 \
+                        00000000 00000000 01000000 09090909090909090909090909090909 01 1100 \
                         6265666f72652074686520757064617465 \
-                        5436de04ea3aad0d882b96d9a745b717da2701b35053e68260a33b7fba3f3711";
+                        99de61d023ee5d3fe4bb26c8d5de202000141d3b3de0d8e5740eb36b9e0dbae4";
         assert_eq!(hex(&encode(&sample())), expected.replace(' ', ""));
     }
 
@@ -387,6 +432,7 @@ mod tests {
             acked: Seq::ZERO,
             timelines: BTreeMap::from([(EpochId([1; 16]), timeline)]),
             segments: BTreeMap::new(),
+            layers: BTreeMap::new(),
             runs: BTreeMap::new(),
             base: None,
             notes: BTreeMap::new(),
@@ -395,13 +441,13 @@ mod tests {
             next_run: 0,
             ..sample()
         };
-        let expected = "53524e6d 0100 0000 0100000000000000 02020202020202020202020202020202 0100 67 \
-                        00 00 00 0000000000000000 00000000 00000000 00000000 \
+        let expected = "53524e6d 0100 0000 0100000000000000 02020202020202020202020202020202 \
+                        0100 67 00 00 00 0000000000000000 00000000 00000000 00000000 \
                         01010101010101010101010101010101 01000000 0100 \
                         01010101010101010101010101010101 01010101010101010101010101010101 \
-                        0000000000000000 00000000000000000000000000000000 00 0600000000000000 00000000 \
-                        00000000 00000000 00 00000000 \
-                        b181f2d352baf5efb6d68bcf07055acd761612745e7de68ed357bf53cfeb8337";
+                        0000000000000000 00000000000000000000000000000000 00 0600000000000000 \
+                        00000000 00000000 00000000 00000000 00 00000000 \
+                        8f490e8c0ca5917021977f986f73413ad07f1640d4e9229456e2c528aadd92d8";
         assert_eq!(hex(&encode(&smallest)), expected.replace(' ', ""));
         assert_eq!(decode(&encode(&smallest)), Ok(smallest));
     }

@@ -46,6 +46,8 @@ struct World {
     answered: usize,
     /// For the head after each answered commit: how many writes it holds.
     known: BTreeMap<Seq, usize>,
+    /// What has to stay readable. It only ever shrinks.
+    retention: Retention,
     clock: u64,
     next_id: u64,
     coverage: Coverage,
@@ -72,6 +74,7 @@ impl World {
             fill: chance.percent(10),
             table_entries_max: chance.between(4, 60) as usize,
             unsealed_max: chance.between(1, 4) as usize,
+            layer_fan: chance.between(2, 8) as usize,
         };
         let disk = SimDisk::new(seed, 64 << 20);
         let new = NewGroup {
@@ -97,6 +100,7 @@ impl World {
             writes: History::new(DISKS, SECTORS),
             answered: 0,
             known: BTreeMap::from([(Seq(0), 0)]),
+            retention: Retention::from(Seq(0)),
             clock: 0,
             next_id: 2,
             coverage: Coverage::new(),
@@ -159,15 +163,17 @@ impl World {
     }
 
     fn maintain(&mut self) {
-        let keep_from = if self.chance.percent(60) {
-            let known: Vec<Seq> = self.known.keys().copied().collect();
-            *self.chance.pick(&known)
-        } else {
-            Seq(0)
-        };
-        for _ in 0..self.chance.between(1, 6) {
-            match self.group.maintain(&Retention::from(keep_from)) {
-                Ok(Worked::Something) => self.saw("maintenance"),
+        if self.chance.percent(50) {
+            self.give_up_history();
+        }
+        for _ in 0..self.chance.between(1, 12) {
+            match self.group.maintain(&self.retention) {
+                Ok(Worked::Something) => {
+                    self.saw("maintenance");
+                    if self.group.layer_bytes() > 0 {
+                        self.saw("layers");
+                    }
+                }
                 Ok(Worked::Nothing) => break,
                 Err(StoreError::Full(_)) => {
                     self.saw("no room for the next segment");
@@ -176,6 +182,23 @@ impl World {
                 Err(_) => return self.crash("failed maintenance"),
             }
         }
+    }
+
+    /// The window begins later, of what was in it some points stay, and of the older ones some go.
+    fn give_up_history(&mut self) {
+        let known: Vec<Seq> = self.known.keys().copied().collect();
+        let keep_from = (*self.chance.pick(&known)).max(self.retention.keep_from);
+        let left =
+            known.iter().filter(|seq| (self.retention.keep_from..keep_from).contains(seq)).copied();
+        let all: Vec<Seq> = self.retention.points.iter().copied().chain(left).collect();
+        let kept = self.chance.between(30, 100);
+        let points = all.into_iter().filter(|_| self.chance.percent(kept)).collect();
+        self.retention = Retention { keep_from, points };
+    }
+
+    /// Whether a position has to be readable.
+    fn is_promised(&self, seq: Seq) -> bool {
+        seq >= self.retention.keep_from || self.retention.points.contains(&seq)
     }
 
     /// The disk fails or loses power: start again, and see what is left.
@@ -313,12 +336,18 @@ impl World {
         match self.group.view_at(seq) {
             Ok(view) => {
                 self.saw("older position read");
+                if self.group.window_start().is_some_and(|start| seq < start.seq) {
+                    self.saw("kept point read from layers");
+                }
                 let found = contents(&view, DISKS, SECTORS).expect("reading an older position");
                 self.writes.check(count, &found, format_args!("frame {seq}"));
                 let disk = DiskNo(self.chance.below(u64::from(DISKS)) as u32);
                 self.check_spans(&view, disk, count);
             }
-            Err(StoreError::NotInHistory(_)) => self.saw("position no longer kept"),
+            Err(StoreError::NotInHistory(why)) => {
+                assert!(!self.is_promised(seq), "frame {seq} was to be kept: {why}");
+                self.saw("position no longer kept");
+            }
             Err(StoreError::Io { .. }) if self.disk.is_off() => {}
             Err(error) => panic!("frame {seq} cannot be read: {error}"),
         }
@@ -460,6 +489,7 @@ impl World {
                 self.answered = count;
                 self.known.retain(|known, _| *known <= seq);
                 self.known.insert(head.seq, count);
+                self.left_at(seq);
                 let after = self.group.epochs();
                 assert!(before.is_superseded_by(&after) || !after.contains(before.current()));
                 assert_eq!(before.common_with(&after), Some(seq), "where the lines part");
@@ -483,12 +513,19 @@ impl World {
                     self.writes.truncate(count);
                     self.answered = count;
                     self.known.retain(|known, _| *known <= seq);
+                    self.left_at(seq);
                 } else {
                     self.saw("cut failover had not happened");
                 }
                 self.check_survivors();
             }
         }
+    }
+
+    /// The line was left at `seq`: what lay behind it is no history of this group any more.
+    fn left_at(&mut self, seq: Seq) {
+        self.retention.keep_from = self.retention.keep_from.min(seq);
+        self.retention.points.retain(|point| *point < seq);
     }
 
     fn step(&mut self) {
@@ -558,6 +595,8 @@ const WANTED: &[&str] = &[
     "failed sync",
     "failover",
     "failover to the past",
+    "kept point read from layers",
+    "layers",
     "log full",
     "log full in the middle of a commit",
     "log no longer kept",

@@ -1,5 +1,6 @@
 //! Reading a run: lookups through a cache of blocks, and reading it from front to back.
 
+use std::ops::Deref;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -229,8 +230,14 @@ impl Run {
 
     /// Every entry, front to back, around the cache.
     #[must_use]
-    pub const fn iter(&self) -> Entries<'_> {
+    pub const fn iter(&self) -> Entries<&Self> {
         Entries { run: self, leaf: 0, block: None, at: 0 }
+    }
+
+    /// The same; the reader holds on to the run.
+    #[must_use]
+    pub const fn into_iter(run: Arc<Self>) -> Entries<Arc<Self>> {
+        Entries { run, leaf: 0, block: None, at: 0 }
     }
 
     fn entry_in(&self, content: &[u8], at: usize) -> Result<Item> {
@@ -280,14 +287,14 @@ impl Lookup for Run {
 
 /// Reads a run's entries in order.
 #[derive(Debug)]
-pub struct Entries<'a> {
-    run: &'a Run,
+pub struct Entries<R> {
+    run: R,
     leaf: u32,
     block: Option<Block>,
     at: usize,
 }
 
-impl Entries<'_> {
+impl<R: Deref<Target = Run>> Entries<R> {
     fn step(&mut self) -> Result<Option<Item>> {
         loop {
             let block = match self.block.take() {
@@ -310,7 +317,7 @@ impl Entries<'_> {
     }
 }
 
-impl Iterator for Entries<'_> {
+impl<R: Deref<Target = Run>> Iterator for Entries<R> {
     type Item = Result<Item>;
 
     fn next(&mut self) -> Option<Self::Item> {

@@ -69,6 +69,8 @@ pub struct RunScope<'a> {
     pub first: srn_core::ids::Seq,
     /// The last frame.
     pub last: Position,
+    /// Ordinals of the first and the last piece of history that it is the index of.
+    pub pieces: (u32, u32),
     /// Places to begin reading; only for one segment's index.
     pub points: &'a [SeqPoint],
     /// The marks in it.
@@ -174,6 +176,7 @@ impl RunWriter {
             epoch: scope.last.epoch,
             first: scope.first,
             last: scope.last.seq,
+            pieces: scope.pieces,
             entries: self.entries,
         })
     }

@@ -1,0 +1,713 @@
+//! Merging pieces of history into layers: what single checkpoints need of a stretch, and no more.
+//!
+//! Behind the window in which every position is kept, only some points still matter. The pieces
+//! between two of them are merged: for each sector the newest content at the later point is copied
+//! to a layer, then the pieces are let go. This is done where it gives back at least a quarter of
+//! the space.
+//!
+//! Invariants:
+//! * no point that is kept lies inside a layer; a layer ends at one, or where a piece ends;
+//! * every byte that is copied was verified;
+//! * files of a layer and their names are durable before the manifest lists it; until then the
+//!   pieces stay as they are, so a crash at any moment costs only the work;
+//! * a line has either all of the pieces that are merged, or none: a line that shares a part of
+//!   them keeps them for all;
+//! * readers hold the files that they read; nothing is taken from under them.
+//!
+//! The work is done in small steps between other maintenance, and begun anew after a restart.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::sync::{Arc, PoisonError};
+
+use srn_core::epoch::Position;
+use srn_core::extent::Extent;
+use srn_core::ids::{EpochId, Seq};
+use srn_core::limits::{PAGE, SECTOR};
+use srn_core::time::LogTime;
+
+use super::maintain::Worked;
+use super::retire::Retention;
+use super::view::{part_of_block, stored_block};
+use super::{Group, INDEX_DIR, LAYER_DIR, State};
+use crate::catalog::Catalog;
+use crate::codec::{Codecs, Effort};
+use crate::error::{Doing, Result, StoreError};
+use crate::index::{
+    Entries, Item, MarkPoint, MemTable, Merge, Place, Run, RunMeta, RunScope, RunWriter,
+    run_file_name, span,
+};
+use crate::io::{Fs, Volume};
+use crate::layer::{self, LayerFile, LayerHeader, LayerWriter};
+use crate::manifest::{Keep, LayerFileMeta, LayerMeta, Manifest, PieceMeta, Purpose};
+use crate::segment::scan;
+
+/// The most bytes that are merged at once, unless two pieces alone have more.
+const WINDOW_BYTES: u64 = 8 << 30;
+
+/// The most index entries of segments that are taken apart in memory at once.
+const WINDOW_ENTRIES: u64 = 256 * 1024;
+
+/// Bytes copied in one step.
+const STEP_BYTES: u64 = 8 << 20;
+
+/// Space to leave free on the volume, in bytes.
+const RESERVE_BYTES: u64 = 64 << 20;
+
+/// History that is to be given up and still takes space.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Debt {
+    /// Pieces that no kept point needs.
+    pub pieces: usize,
+    /// What they take, in bytes.
+    pub bytes: u64,
+    /// Pieces that could not be merged because something in them is damaged.
+    pub damaged: usize,
+}
+
+/// What the merging is at.
+#[derive(Debug, Default)]
+pub(crate) struct Compacting {
+    job: Option<Box<Job>>,
+    /// Windows that would give back too little: first and last piece, and points inside.
+    poor: BTreeSet<(u32, u32, Vec<Seq>)>,
+    /// Pieces in which something is damaged, left as they are.
+    damaged: BTreeSet<u32>,
+}
+
+/// Pieces that follow each other in one epoch, with no kept point where one of them ends.
+#[derive(Debug, Clone)]
+struct Window {
+    pieces: Vec<PieceMeta>,
+    /// Kept points inside, each in the middle of a piece.
+    cuts: Vec<Seq>,
+    /// What the pieces take, in bytes.
+    bytes: u64,
+}
+
+impl Window {
+    fn key(&self) -> (u32, u32, Vec<Seq>) {
+        let ordinal = |piece: Option<&PieceMeta>| piece.map_or(0, |piece| piece.ordinal);
+        (ordinal(self.pieces.first()), ordinal(self.pieces.last()), self.cuts.clone())
+    }
+}
+
+/// Entries to merge: of an index file, or of a part of a segment.
+#[derive(Debug)]
+enum Source {
+    Run(Entries<Arc<Run>>),
+    Table(std::vec::IntoIter<Item>),
+}
+
+impl Iterator for Source {
+    type Item = Result<Item>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        match self {
+            Self::Run(entries) => entries.next(),
+            Self::Table(items) => items.next().map(Ok),
+        }
+    }
+}
+
+/// A layer to be written.
+#[derive(Debug)]
+struct Plan {
+    first: Seq,
+    last: Position,
+    last_log_time: LogTime,
+    catalog: Vec<u8>,
+    marks: Vec<MarkPoint>,
+    /// Newest first.
+    inputs: Vec<Input>,
+}
+
+/// What a plan's entries are read from, as often as needed.
+#[derive(Debug, Clone)]
+enum Input {
+    Run(Arc<Run>),
+    Table(Arc<Vec<Item>>),
+}
+
+impl Plan {
+    fn merge(&self) -> Result<Merge<Source>> {
+        Merge::new(self.inputs.iter().map(|input| match input {
+            Input::Run(run) => Source::Run(Run::into_iter(run.clone())),
+            Input::Table(items) => Source::Table(items.as_ref().clone().into_iter()),
+        }))
+    }
+
+    /// Bytes that the layer's files will have.
+    fn bytes(&self) -> Result<u64> {
+        let mut bytes = 2 * PAGE as u64;
+        for item in self.merge()? {
+            let (_, extent, place) = item?;
+            bytes += match place {
+                Place::Zero { .. } => 0,
+                Place::Block { stored_len, sectors, .. }
+                    if extent.sectors == u64::from(sectors) =>
+                {
+                    u64::from(stored_len)
+                }
+                Place::Block { .. } => extent.bytes(),
+            };
+        }
+        Ok(bytes)
+    }
+}
+
+/// A layer that is being written.
+#[derive(Debug)]
+struct Output {
+    plan: Plan,
+    merge: Merge<Source>,
+    run: RunWriter,
+    file: Option<LayerWriter>,
+    files: Vec<(Arc<LayerFile>, u64)>,
+}
+
+/// A layer whose files are complete.
+#[derive(Debug)]
+struct Finished {
+    piece: PieceMeta,
+    layer: LayerMeta,
+    meta: RunMeta,
+    run: Arc<Run>,
+    files: Vec<Arc<LayerFile>>,
+}
+
+#[derive(Debug)]
+struct Job {
+    window: Window,
+    plans: VecDeque<Plan>,
+    output: Option<Output>,
+    finished: Vec<Finished>,
+    codecs: Codecs,
+    /// To remove what was written and never listed.
+    volume: Volume,
+    dir: std::path::PathBuf,
+}
+
+impl Drop for Job {
+    fn drop(&mut self) {
+        let written = self.output.iter().flat_map(|output| &output.files).map(|(file, _)| file);
+        for file in written.chain(self.finished.iter().flat_map(|layer| &layer.files)) {
+            let name = layer::file_name(file.ordinal);
+            let _ = self.volume.remove(&self.dir.join(LAYER_DIR).join(name));
+        }
+        for layer in &self.finished {
+            let name = run_file_name(layer.meta.file);
+            let _ = self.volume.remove(&self.dir.join(INDEX_DIR).join(name));
+        }
+    }
+}
+
+impl Group {
+    /// Takes one step of merging pieces into layers.
+    ///
+    /// # Errors
+    /// [`StoreError::Corrupt`] when a piece is damaged: it is left alone from then on, until the group
+    /// is opened anew. As the volume says.
+    pub(super) fn compact(self: &Arc<Self>, retention: &Retention) -> Result<Worked> {
+        if self.keep != Keep::Replica {
+            return Ok(Worked::Nothing);
+        }
+        let mut compacting = self.compacting.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(mut job) = compacting.job.take() else {
+            return self.begin(&mut compacting, retention);
+        };
+        match self.step(&mut job) {
+            Ok(true) => {
+                self.finish(*job)?;
+                Ok(Worked::Something)
+            }
+            Ok(false) => {
+                compacting.job = Some(job);
+                Ok(Worked::Something)
+            }
+            Err(error) => {
+                compacting.give_up(&job.window, error)?;
+                Ok(Worked::Something)
+            }
+        }
+    }
+
+    /// What is to be given up and is still there.
+    #[must_use]
+    pub fn debt(&self, retention: &Retention) -> Debt {
+        let damaged = {
+            let compacting = self.compacting.lock().unwrap_or_else(PoisonError::into_inner);
+            compacting.damaged.len()
+        };
+        let state = self.lock();
+        let main = state.manifest.main;
+        let mut debt = Debt { damaged, ..Debt::default() };
+        let pieces = state.manifest.timelines.get(&main).map_or(&[][..], |line| &line.pieces);
+        for piece in pieces.iter().filter(|piece| piece.last.seq <= retention.floor()) {
+            debt.pieces += 1;
+            debt.bytes += self.piece_bytes(&state.manifest, piece);
+        }
+        debt
+    }
+
+    fn piece_bytes(&self, manifest: &Manifest, piece: &PieceMeta) -> u64 {
+        manifest.layers.get(&piece.ordinal).map_or(self.options.segment_bytes, LayerMeta::bytes)
+    }
+
+    /// Looks for pieces that are worth merging, and plans it.
+    fn begin(self: &Arc<Self>, to: &mut Compacting, retention: &Retention) -> Result<Worked> {
+        let windows = {
+            let state = self.lock();
+            to.forget_gone(&state.manifest);
+            self.windows(&state, retention, &to.damaged)
+        };
+        let Some(window) = windows.into_iter().find(|window| !to.poor.contains(&window.key()))
+        else {
+            return Ok(Worked::Nothing);
+        };
+        let planned = self.plan(&window).and_then(|plans| {
+            let bytes = plans.iter().map(Plan::bytes).sum::<Result<u64>>()?;
+            Ok((plans, bytes))
+        });
+        let (plans, bytes) = match planned {
+            Ok(planned) => planned,
+            Err(error) => {
+                to.give_up(&window, error)?;
+                return Ok(Worked::Something);
+            }
+        };
+        let free = self.shared.volume.free_bytes(&self.dir);
+        let free = free.doing(|| "asking for free space".to_owned())?;
+        let worth = window.bytes.saturating_sub(bytes) * 4 >= window.bytes;
+        if !worth || free < bytes.saturating_add(RESERVE_BYTES) {
+            to.poor.insert(window.key());
+            return Ok(Worked::Something);
+        }
+        to.job = Some(Box::new(Job {
+            window,
+            plans: plans.into(),
+            output: None,
+            finished: Vec::new(),
+            codecs: Codecs::new(),
+            volume: self.shared.volume.clone(),
+            dir: self.dir.clone(),
+        }));
+        Ok(Worked::Something)
+    }
+
+    /// Stretches of the main line that may be merged, oldest first.
+    fn windows(
+        &self,
+        state: &State,
+        retention: &Retention,
+        damaged: &BTreeSet<u32>,
+    ) -> Vec<Window> {
+        let main = state.manifest.main;
+        let (Some(line), Some(end)) = (state.manifest.timelines.get(&main), state.lines.get(&main))
+        else {
+            return Vec::new();
+        };
+        let floor = state.floor(retention);
+        let mut until = retention.keep_from;
+        // In the middle of a resync the newest point is the last clean one.
+        if !end.catalog.is_clean()
+            && let Some(clean) = end.catalog.last_clean
+        {
+            until = until.min(clean.seq);
+        }
+        let shared_by = |piece: &PieceMeta| -> Vec<EpochId> {
+            let others = state.manifest.timelines.iter().filter(|(id, _)| **id != main);
+            others.filter(|(_, line)| line.pieces.contains(piece)).map(|(id, _)| *id).collect()
+        };
+        let is_layer = |piece: &PieceMeta| state.manifest.layers.contains_key(&piece.ordinal);
+        let is_kept = |seq: Seq| retention.points.binary_search(&seq).is_ok();
+        let mut windows = Vec::new();
+        let mut open: Vec<PieceMeta> = Vec::new();
+        let mut bytes = 0;
+        let mut entries = 0;
+        let mut close = |open: &mut Vec<PieceMeta>, bytes: &mut u64, entries: &mut u64| {
+            let single_layer = open.len() == 1 && open.first().is_some_and(is_layer);
+            if let (Some(first), Some(last)) = (open.first(), open.last())
+                && !single_layer
+            {
+                let inside = |seq: &&Seq| **seq >= first.first && **seq < last.last.seq;
+                let cuts = retention.points.iter().filter(inside).copied().collect();
+                windows.push(Window { pieces: open.clone(), cuts, bytes: *bytes });
+            }
+            open.clear();
+            *bytes = 0;
+            *entries = 0;
+        };
+        for piece in &line.pieces {
+            if piece.last.seq <= floor {
+                continue;
+            }
+            if piece.last.seq > until {
+                // More will come to what is open now.
+                break;
+            }
+            let fits = open.last().is_none_or(|last| {
+                last.last.epoch == piece.last.epoch && shared_by(last) == shared_by(piece)
+            });
+            if !fits {
+                close(&mut open, &mut bytes, &mut entries);
+            }
+            if damaged.contains(&piece.ordinal) {
+                close(&mut open, &mut bytes, &mut entries);
+                continue;
+            }
+            let more = self.piece_bytes(&state.manifest, piece);
+            let of_index = if is_layer(piece) { 0 } else { state.entries_of(piece) };
+            if open.len() >= 2 && bytes + more > WINDOW_BYTES
+                || !open.is_empty() && entries + of_index > WINDOW_ENTRIES
+            {
+                close(&mut open, &mut bytes, &mut entries);
+            }
+            open.push(*piece);
+            bytes += more;
+            entries += of_index;
+            if open.len() >= self.options.layer_fan || is_kept(piece.last.seq) {
+                close(&mut open, &mut bytes, &mut entries);
+            }
+        }
+        windows
+    }
+
+    /// The layers that take the place of a window's pieces.
+    fn plan(self: &Arc<Self>, window: &Window) -> Result<Vec<Plan>> {
+        let mut plans = Vec::new();
+        let mut inputs: Vec<Input> = Vec::new();
+        let mut first = window.pieces.first().map_or(Seq::ZERO, |piece| piece.first);
+        for piece in &window.pieces {
+            let run = self.lock().run_of(piece)?;
+            let inside = |seq: &&Seq| **seq >= piece.first && **seq < piece.last.seq;
+            let cuts: Vec<Seq> = window.cuts.iter().filter(inside).copied().collect();
+            if cuts.is_empty() {
+                inputs.push(Input::Run(run));
+                continue;
+            }
+            for (table, catalog) in self.parts(piece, &cuts)? {
+                inputs.push(Input::Table(Arc::new(table.entries().collect())));
+                if catalog.at.seq == piece.last.seq {
+                    continue;
+                }
+                let at = catalog.at;
+                plans.push(Plan {
+                    first,
+                    last: at,
+                    last_log_time: catalog.log_time,
+                    catalog: catalog.encode(),
+                    marks: marks_at(table.marks(), at.seq),
+                    inputs: std::mem::take(&mut inputs).into_iter().rev().collect(),
+                });
+                first = at.seq.next();
+            }
+        }
+        if let Some(last) = window.pieces.last() {
+            let run = self.lock().run_of(last)?;
+            plans.push(Plan {
+                first,
+                last: last.last,
+                last_log_time: last.last_log_time,
+                catalog: run.catalog()?,
+                marks: marks_at(&run.marks()?, last.last.seq),
+                inputs: inputs.into_iter().rev().collect(),
+            });
+        }
+        Ok(plans)
+    }
+
+    /// The index of a segment in parts that end at `cuts` and at its end, each with the catalog
+    /// behind it.
+    fn parts(
+        self: &Arc<Self>,
+        piece: &PieceMeta,
+        cuts: &[Seq],
+    ) -> Result<Vec<(MemTable, Catalog)>> {
+        let (segment, behind) = {
+            let state = self.lock();
+            let segment = state.segments.get(&piece.ordinal).cloned().ok_or_else(|| {
+                StoreError::NotInHistory(format!("frame {} was given up", piece.first))
+            })?;
+            let (_, behind, _) = state.snapshot(state.manifest.main, piece.first.prev())?;
+            (segment, behind)
+        };
+        let mut catalog = behind.catalog()?;
+        let mut frames = scan(&segment.target(), &self.shared.pool)?;
+        let mut parts = Vec::new();
+        for end in cuts.iter().copied().chain([piece.last.seq]) {
+            let mut table = MemTable::default();
+            while catalog.at.seq < end {
+                let damaged = || {
+                    StoreError::Corrupt(format!(
+                        "frame {} cannot be read from log segment {}",
+                        catalog.at.seq.next(),
+                        segment.slot
+                    ))
+                };
+                let (offset, frame) = frames.next(false)?.ok_or_else(damaged)?;
+                let bad = |error| StoreError::Corrupt(format!("indexing a frame: {error}"));
+                catalog.apply(&frame).map_err(bad)?;
+                let at = u32::try_from(offset).unwrap_or(u32::MAX);
+                table.add(&frame, segment.ordinal, at, true, catalog.is_clean()).map_err(bad)?;
+            }
+            parts.push((table, catalog.clone()));
+        }
+        Ok(parts)
+    }
+
+    /// Copies some content. Returns whether all of it is copied.
+    fn step(self: &Arc<Self>, job: &mut Job) -> Result<bool> {
+        let mut copied = 0;
+        while copied < STEP_BYTES {
+            let Some(output) = &mut job.output else {
+                let Some(plan) = job.plans.pop_front() else { return Ok(true) };
+                let merge = plan.merge()?;
+                let run = self.new_run()?;
+                job.output = Some(Output { plan, merge, run, file: None, files: Vec::new() });
+                continue;
+            };
+            match output.merge.next().transpose()? {
+                Some((disk, extent, place)) => {
+                    copied += extent.bytes().min(STEP_BYTES);
+                    let place = self.copy(output, &mut job.codecs, extent, &place)?;
+                    output.run.push(disk, extent, &place)?;
+                }
+                None => {
+                    output.close_file()?;
+                    if let Some(output) = job.output.take() {
+                        job.finished.push(self.finish_output(output)?);
+                    }
+                }
+            }
+        }
+        Ok(false)
+    }
+
+    /// Copies a block, or the part of it that still counts; returns where it is now.
+    fn copy(
+        &self,
+        output: &mut Output,
+        codecs: &mut Codecs,
+        extent: Extent,
+        place: &Place,
+    ) -> Result<Place> {
+        let Place::Block { segment, codec, sum, sectors, .. } = place else { return Ok(*place) };
+        let content = self.lock().content(*segment)?;
+        let pool = &self.shared.pool;
+        let stored = stored_block(pool, &content, place)?;
+        // Verified in either case.
+        let part = part_of_block(&content, place, &stored, extent)?;
+        let mut encoded = Vec::new();
+        let (bytes, codec, sum, sectors) = if extent.sectors == u64::from(*sectors) {
+            (&*stored, *codec, *sum, *sectors)
+        } else {
+            let effort = if *codec == srn_core::frame::envelope::Codec::Raw {
+                Effort::None
+            } else {
+                Effort::Lz4
+            };
+            let how = codecs.encode(effort, &part, &mut encoded);
+            let sum = srn_core::bytes::content_sum(&part);
+            let sectors = u8::try_from(part.len() as u64 / SECTOR).unwrap_or(u8::MAX);
+            (&encoded[..], how.codec, sum, sectors)
+        };
+        if output.file.as_ref().is_some_and(|file| !file.has_room(bytes.len())) {
+            output.close_file()?;
+        }
+        let file = match &mut output.file {
+            Some(file) => file,
+            empty => empty.insert(self.new_layer_file(&output.plan)?),
+        };
+        let offset = file.push(bytes)?;
+        Ok(Place::Block {
+            segment: file.ordinal(),
+            offset,
+            stored_len: u32::try_from(bytes.len()).unwrap_or(u32::MAX),
+            codec,
+            sum,
+            sectors,
+            skip: 0,
+        })
+    }
+
+    fn new_layer_file(&self, plan: &Plan) -> Result<LayerWriter> {
+        let ordinal = self.lock().next_ordinal();
+        let header = LayerHeader { ordinal, group: self.id, first: plan.first, last: plan.last };
+        LayerWriter::create(&self.shared.volume, &self.dir.join(LAYER_DIR), &header)
+    }
+
+    fn finish_output(&self, output: Output) -> Result<Finished> {
+        let Output { plan, run, files, .. } = output;
+        let ordinal = self.lock().next_ordinal();
+        let meta = run.finish(&RunScope {
+            group: self.id,
+            level: 0,
+            first: plan.first,
+            last: plan.last,
+            pieces: (ordinal, ordinal),
+            points: &[],
+            marks: &plan.marks,
+            catalog: &plan.catalog,
+        })?;
+        let run = self.open_run(&meta)?;
+        let metas = files
+            .iter()
+            .map(|(file, bytes)| LayerFileMeta { ordinal: file.ordinal, bytes: *bytes });
+        Ok(Finished {
+            piece: PieceMeta {
+                ordinal,
+                first: plan.first,
+                last: plan.last,
+                last_log_time: plan.last_log_time,
+                is_prefix: false,
+            },
+            layer: LayerMeta { first: plan.first, last: plan.last, files: metas.collect() },
+            meta,
+            run,
+            files: files.into_iter().map(|(file, _)| file).collect(),
+        })
+    }
+
+    /// Puts the layers in the place of the pieces.
+    fn finish(&self, mut job: Job) -> Result<()> {
+        let dir = self.dir.join(LAYER_DIR);
+        self.shared.volume.sync_dir(&dir).doing(|| format!("syncing {}", dir.display()))?;
+        let (window, layers) = (&job.window, &job.finished);
+        let published = self.publish_if(
+            |manifest| put_layers(manifest, window, layers),
+            |state| {
+                for layer in layers {
+                    state.runs.insert(layer.meta.file, layer.run.clone());
+                    let files = layer.files.iter().map(|file| (file.ordinal, file.clone()));
+                    state.layers.extend(files);
+                }
+            },
+        )?;
+        if published {
+            // They are listed now; nothing is to be removed.
+            job.finished.clear();
+            self.forget_unlisted();
+        }
+        Ok(())
+    }
+}
+
+/// Changes the manifest, unless the pieces are not there any more or lines share only some of them.
+fn put_layers(manifest: &mut Manifest, window: &Window, layers: &[Finished]) -> bool {
+    if window.pieces.is_empty() {
+        return false;
+    }
+    let mut changed: BTreeMap<EpochId, Vec<PieceMeta>> = BTreeMap::new();
+    let mut stale: BTreeSet<u32> = BTreeSet::new();
+    for (id, line) in &manifest.timelines {
+        let at = line.pieces.windows(window.pieces.len()).position(|some| some == window.pieces);
+        let Some(at) = at else {
+            if line.pieces.iter().any(|piece| window.pieces.contains(piece)) {
+                return false;
+            }
+            continue;
+        };
+        // An index that reaches into the stretch names segments that are gone from it.
+        let touched = at..at + window.pieces.len();
+        stale.extend(manifest.runs.iter().filter_map(|(file, run)| {
+            let span = span(run, &line.pieces)?;
+            (span.start < touched.end && touched.start < span.end).then_some(*file)
+        }));
+        let mut pieces = line.pieces.clone();
+        let new = layers.iter().map(|layer| layer.piece);
+        pieces.splice(at..at + window.pieces.len(), new);
+        changed.insert(*id, pieces);
+    }
+    if !changed.contains_key(&manifest.main) {
+        return false;
+    }
+    for (id, pieces) in changed {
+        if let Some(line) = manifest.timelines.get_mut(&id) {
+            line.pieces = pieces;
+        }
+    }
+    manifest.runs.retain(|file, _| !stale.contains(file));
+    for layer in layers {
+        manifest.runs.insert(layer.meta.file, layer.meta);
+        manifest.layers.insert(layer.piece.ordinal, layer.layer.clone());
+    }
+    manifest.drop_unused();
+    true
+}
+
+impl Compacting {
+    /// A window cannot be merged now. Only damage is worth telling.
+    fn give_up(&mut self, window: &Window, error: StoreError) -> Result<()> {
+        match error {
+            StoreError::Corrupt(why) => {
+                self.damaged.extend(window.pieces.iter().map(|piece| piece.ordinal));
+                Err(StoreError::Corrupt(why))
+            }
+            StoreError::Full(_) | StoreError::NotInHistory(_) => {
+                self.poor.insert(window.key());
+                Ok(())
+            }
+            error => Err(error),
+        }
+    }
+
+    fn forget_gone(&mut self, manifest: &Manifest) {
+        let Some(line) = manifest.timelines.get(&manifest.main) else { return };
+        let there: BTreeSet<u32> = line.pieces.iter().map(|piece| piece.ordinal).collect();
+        self.poor.retain(|(first, last, _)| there.contains(first) && there.contains(last));
+        self.damaged.retain(|ordinal| there.contains(ordinal));
+    }
+}
+
+impl Output {
+    fn close_file(&mut self) -> Result<()> {
+        if let Some(file) = self.file.take() {
+            let (file, bytes) = file.finish()?;
+            self.files.push((Arc::new(file), bytes));
+        }
+        Ok(())
+    }
+}
+
+impl State {
+    /// The last position that nobody needs: neither the policy, nor a reader, nor another line.
+    pub(super) fn floor(&self, retention: &Retention) -> Seq {
+        let mut floor = retention.floor();
+        if let Some(lowest) = self.leases.lowest() {
+            floor = floor.min(lowest);
+        }
+        let main = self.manifest.main;
+        let (Some(timeline), Some(line)) =
+            (self.manifest.timelines.get(&main), self.lines.get(&main))
+        else {
+            return Seq::ZERO;
+        };
+        // A clone reads from its fork on; a branch was left where the main line forked.
+        for other in self.manifest.timelines.values() {
+            if other.purpose != Purpose::Main {
+                let fork = timeline.epochs.common_with(&other.epochs);
+                floor = floor.min(fork.unwrap_or(Seq::ZERO));
+            }
+        }
+        // In the middle of a resync the newest point that can be recovered is the last clean one.
+        if !line.catalog.is_clean()
+            && let Some(clean) = line.catalog.last_clean
+        {
+            floor = floor.min(clean.seq);
+        }
+        floor
+    }
+
+    /// Entries in the index of a piece.
+    fn entries_of(&self, piece: &PieceMeta) -> u64 {
+        let run =
+            self.manifest.runs.values().find(|run| {
+                run.pieces == (piece.ordinal, piece.ordinal) && run.last == piece.last.seq
+            });
+        run.map_or(0, |run| run.entries)
+    }
+}
+
+fn marks_at(marks: &[MarkPoint], seq: Seq) -> Vec<MarkPoint> {
+    marks.iter().filter(|mark| mark.seq == seq).copied().collect()
+}
