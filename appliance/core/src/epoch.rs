@@ -190,11 +190,13 @@ impl EpochTable {
         Some(forks.into_iter().flatten().min().unwrap_or(Seq(u64::MAX)))
     }
 
-    /// Whether `other` is this line with more epochs behind it: then `other`'s node went on after
-    /// ours stopped, and ours is fenced.
+    /// Whether `other`'s node went on after ours stopped, and ours is fenced: `other` is this line
+    /// with more epochs behind it, or it has left this line for an epoch of a later reign.
     #[must_use]
     pub fn is_superseded_by(&self, other: &Self) -> bool {
-        other.contains(self.current()) && other.current() != self.current()
+        let (ours, theirs) = (self.current(), other.current());
+        let later = self.common_with(other).is_some() && theirs.reign() > ours.reign();
+        theirs != ours && (other.contains(ours) || (later && !self.contains(theirs)))
     }
 }
 
@@ -232,7 +234,12 @@ mod tests {
         assert!(one.is_superseded_by(&two));
         assert!(!two.is_superseded_by(&one));
         assert!(!two.is_superseded_by(&two));
-        assert!(!two.is_superseded_by(&other) && !other.is_superseded_by(&two));
+        assert!(two.is_superseded_by(&other) && !other.is_superseded_by(&two));
+        assert!(!EpochTable::new(id(4)).is_superseded_by(&other), "it has nothing in common");
+        let mut same_reign = id(3);
+        same_reign.0[0] = 0;
+        let rival = one.fork(same_reign, at(1, 7)).unwrap();
+        assert!(!rival.is_superseded_by(&other) && !other.is_superseded_by(&rival));
     }
 
     #[test]

@@ -87,6 +87,26 @@ id!(
     16
 );
 
+impl EpochId {
+    /// An epoch's id: its reign, and chance for the rest.
+    #[must_use]
+    pub fn new(reign: u32, random: [u8; 16]) -> Self {
+        let mut bytes = random;
+        if let Some(last) = bytes.last_chunk_mut() {
+            *last = reign.to_be_bytes();
+        }
+        Self(bytes)
+    }
+
+    /// Its number: a failover takes the next one after all that its node has heard of. Of two epochs
+    /// that do not lie on one line the one with the higher number is the newer one: whoever began it
+    /// knew of the other, or of one that came after that.
+    #[must_use]
+    pub fn reign(&self) -> u32 {
+        self.0.last_chunk().map_or(0, |last| u32::from_be_bytes(*last))
+    }
+}
+
 impl FrameHash {
     /// What the first frame of a group's first epoch names as its predecessor.
     pub const ORIGIN: Self = Self([0; 16]);
@@ -155,6 +175,13 @@ impl fmt::Display for DiskNo {
 mod tests {
     use super::*;
     use alloc::string::ToString;
+
+    #[test]
+    fn an_epochs_id_ends_in_its_reign() {
+        let id = EpochId::new(0x0102_0304, [0xaa; 16]);
+        assert_eq!(alloc::format!("{id}"), "aaaaaaaaaaaaaaaaaaaaaaaa01020304");
+        assert_eq!(id.reign(), 0x0102_0304);
+    }
 
     #[test]
     fn text_form_round_trips() {

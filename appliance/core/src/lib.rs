@@ -18,6 +18,7 @@
 extern crate alloc;
 
 pub mod bytes;
+pub mod course;
 pub mod epoch;
 pub mod extent;
 pub mod frame;

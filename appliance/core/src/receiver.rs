@@ -116,6 +116,13 @@ impl Receiver {
         // lies on their line.
         match offer.epochs.relation(&self.durable, offer.head.seq) {
             Relation::Ancestor if offer.epochs.contains(self.epochs.current()) => {}
+            // The primary lacks what it has sent, or knew once: it was set back.
+            Relation::PastFork(_) if self.durable.epoch == offer.epochs.current() => {
+                return Answer::Refuse(RefuseCode::Ahead);
+            }
+            _ if offer.epochs.is_superseded_by(&self.epochs) => {
+                return Answer::Refuse(RefuseCode::Ahead);
+            }
             _ => return Answer::Refuse(RefuseCode::Diverged),
         }
         if self.durable.seq.next() < offer.oldest {
@@ -289,7 +296,7 @@ mod tests {
         };
         let forked = line().fork(epoch(2), at(1, 8)).unwrap();
         for (durable, ours, offer, code) in [
-            (at(1, 10), line(), offer(line(), at(1, 9), 1), RefuseCode::Diverged),
+            (at(1, 10), line(), offer(line(), at(1, 9), 1), RefuseCode::Ahead),
             (
                 at(1, 10),
                 line(),
@@ -297,7 +304,7 @@ mod tests {
                 RefuseCode::Diverged,
             ),
             (at(1, 10), line(), offer(forked.clone(), at(2, 90), 1), RefuseCode::Diverged),
-            (at(2, 10), forked, offer(line(), at(1, 90), 1), RefuseCode::Diverged),
+            (at(2, 10), forked, offer(line(), at(1, 90), 1), RefuseCode::Ahead),
             (at(1, 10), line(), offer(line(), at(1, 90), 12), RefuseCode::TooFarBehind),
         ] {
             assert_eq!(refuse(durable, ours, offer), Answer::Refuse(code));

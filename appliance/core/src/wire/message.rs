@@ -165,10 +165,13 @@ pub enum RefuseCode {
     TooFarBehind,
     /// The primary was asked to drain, and goes on instead.
     NotDrained,
+    /// The refusing secondary holds newer history of this line than the primary offers: the primary
+    /// was set back.
+    Ahead,
 }
 
 impl RefuseCode {
-    const ALL: [Self; 8] = [
+    const ALL: [Self; 9] = [
         Self::Fenced,
         Self::Diverged,
         Self::Paused,
@@ -177,6 +180,7 @@ impl RefuseCode {
         Self::Deleted,
         Self::TooFarBehind,
         Self::NotDrained,
+        Self::Ahead,
     ];
 
     const fn code(self) -> u8 {
@@ -189,6 +193,7 @@ impl RefuseCode {
             Self::Deleted => 6,
             Self::TooFarBehind => 7,
             Self::NotDrained => 8,
+            Self::Ahead => 9,
         }
     }
 }

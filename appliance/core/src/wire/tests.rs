@@ -233,6 +233,7 @@ fn refusal_bytes_are_pinned() {
         (RefuseCode::Deleted, "06"),
         (RefuseCode::TooFarBehind, "07"),
         (RefuseCode::NotDrained, "08"),
+        (RefuseCode::Ahead, "09"),
     ] {
         let message = Message::Refuse(Refuse { group, code, text: "no".into(), epochs: None });
         let encoded = message.encode();
