@@ -179,7 +179,7 @@ impl Group {
             name: record.name.clone(),
             role: Role::Primary,
             keep: new.keep,
-            epoch: EpochId(clock::random()),
+            epoch: EpochId::new(1, clock::random()),
             now: clock::now(),
         };
         Self::make(context, record, &new)

@@ -10,10 +10,12 @@
 //! What the manifest says is changed by [`Group::publish`] alone: durable first, then visible.
 
 mod append;
+mod branch;
 mod build;
 mod compact;
 mod cursor;
 mod digest;
+mod follow;
 mod fork;
 mod maintain;
 mod open;
@@ -22,6 +24,7 @@ mod slots;
 mod view;
 
 pub use append::{Appender, Committed};
+pub use branch::{Branch, Tail};
 pub use build::{Change, OwnedRecord, Sums};
 pub use compact::Debt;
 pub use cursor::Cursor;
@@ -329,6 +332,18 @@ impl Group {
             .timelines
             .get(&main)
             .map_or_else(|| EpochTable::new(main), |line| line.epochs.clone())
+    }
+
+    /// The id of an epoch that this node begins now: of a later reign than all that it knows of.
+    #[must_use]
+    pub fn next_epoch(&self, random: [u8; 16]) -> EpochId {
+        let state = self.lock();
+        let manifest = &state.manifest;
+        let lines = manifest.timelines.values().filter(|line| line.purpose != Purpose::Clone);
+        let fence = manifest.fence.as_ref().and_then(|fence| fence.epochs.as_ref());
+        let known = lines.map(|line| &line.epochs).chain(fence).flat_map(EpochTable::list);
+        let highest = known.map(|epoch| epoch.id.reign()).max().unwrap_or(0);
+        EpochId::new(highest.saturating_add(1), random)
     }
 
     /// The newest durable frame of the main line.

@@ -83,6 +83,7 @@ impl Outgoing {
                     Stop::Refused(RefuseCode::Diverged) => {
                         (Link::Diverged(Cause::HistoriesDiffer), text)
                     }
+                    Stop::Refused(RefuseCode::Ahead) => (Link::Diverged(Cause::PeerAhead), text),
                     Stop::Refused(RefuseCode::TooFarBehind) => {
                         (Link::Diverged(Cause::TooFarBehind), text)
                     }

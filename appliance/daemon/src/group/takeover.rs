@@ -3,7 +3,7 @@
 use std::sync::{Arc, PoisonError};
 
 use srn_core::epoch::Position;
-use srn_core::ids::{EpochId, Seq};
+use srn_core::ids::Seq;
 use srn_core::state::Cause;
 use srn_core::wire::RefuseCode;
 use srn_store::StoreError;
@@ -72,7 +72,7 @@ impl Group {
     async fn take_over_from(self: &Arc<Self>, seq: Seq) -> Result<Position> {
         self.end_stream();
         let this = self.clone();
-        let epoch = EpochId(clock::random());
+        let epoch = self.store.next_epoch(clock::random());
         let work = move || -> Result<Position> {
             let _ = this.engine().stop("the group is failing over");
             let result = this.store.fail_over(epoch, seq, clock::now());

@@ -200,7 +200,8 @@ impl Recoveries {
         let point = choose(group, &request.at)?;
         // The point may lie in the segment that is being written.
         group.engine().close_segment().await;
-        let epoch = EpochId(clock::random());
+        // A clone reigns over nothing.
+        let epoch = EpochId::new(0, clock::random());
         let (store, seq) = (group.store().clone(), point.seq);
         let made = tokio::task::spawn_blocking(move || store.clone_at(epoch, seq, clock::now()));
         let appender =

@@ -11,7 +11,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 
 use srn_core::epoch::Position;
 use srn_core::ids::EpochId;
-use srn_core::time::{LogClock, LogTime, Now};
+use srn_core::time::{LogClock, LogTime, Now, WallTime};
 
 use super::build::{Change, FrameChain, OwnedRecord};
 use super::{Group, Unsealed};
@@ -105,8 +105,8 @@ impl Appender {
         Ok(Committed { head: self.head, frames: done, changes, full })
     }
 
-    /// Appends frames that came from the primary, durably. They must continue the line; their
-    /// content must have been verified.
+    /// Appends frames that came from the primary, durably. They must continue the line, or begin an
+    /// epoch that the caller knows to fork from its end; their content must have been verified.
     ///
     /// # Errors
     /// As [`Appender::commit`]; [`StoreError::NotNext`] for a frame that does not continue the line.
@@ -115,13 +115,48 @@ impl Appender {
         let mut at = self.head;
         for frame in frames {
             let header = frame.header();
-            if header.seq != at.seq.next() || header.prev != at.hash || header.epoch != self.epoch {
+            if header.seq != at.seq.next() || header.prev != at.hash {
                 return Err(StoreError::NotNext { got: header.seq, last: at.seq });
             }
             at = frame.position();
         }
-        let (done, full) = self.append(frames)?;
+        let mut done = 0;
+        let mut full = None;
+        while let Some(next) = frames.get(done)
+            && full.is_none()
+        {
+            let epoch = next.header().epoch;
+            let stretch = frames.get(done..).unwrap_or_default();
+            let count = stretch.iter().take_while(|frame| frame.header().epoch == epoch).count();
+            let appended = self
+                .enter(epoch, next.header().wall_time)
+                .and_then(|()| self.append(stretch.get(..count).unwrap_or_default()));
+            match appended {
+                Ok((these, why)) => {
+                    done += these;
+                    full = why;
+                }
+                Err(StoreError::Full(why)) if done > 0 => full = Some(why),
+                Err(error) => return Err(error),
+            }
+        }
         Ok(Committed { head: self.head, frames: done, changes: 0, full })
+    }
+
+    /// Goes on in another epoch of the peer's, if that is another one.
+    fn enter(&mut self, epoch: EpochId, wall: WallTime) -> Result<()> {
+        if epoch == self.epoch {
+            return Ok(());
+        }
+        self.close_segment();
+        match self.group.clone().enter(epoch, wall) {
+            Ok(()) => {
+                self.epoch = epoch;
+                Ok(())
+            }
+            Err(error @ StoreError::Full(_)) => Err(error),
+            Err(error) => Err(self.stop(error)),
+        }
     }
 
     /// Appends frames that were in the log already, whatever the cap.
@@ -305,6 +340,17 @@ impl Drop for Appender {
         let mut state = self.group.lock();
         if let Some(line) = state.lines.get_mut(&self.epoch) {
             line.forget_recent(&self.group.shared.recent);
+        }
+    }
+}
+
+impl Group {
+    /// Gives back the memory of the main line's newest frames.
+    pub(super) fn forget_recent_of_main(&self) {
+        let mut state = self.lock();
+        let main = state.manifest.main;
+        if let Some(line) = state.lines.get_mut(&main) {
+            line.forget_recent(&self.shared.recent);
         }
     }
 }

@@ -1,22 +1,36 @@
-//! Leaving the main line at a position: for a failover (the new line is the main one from then on)
-//! or for a writable clone (thrown away after use).
+//! Leaving the main line at a position: for a failover (the new line is the main one from then on),
+//! for a writable clone (thrown away after use), or to follow a peer that has left it ([`follow`]).
+//!
+//! [`follow`]: Group::follow
 //!
 //! Everything up to the position is shared, nothing is copied; only the segment in whose middle
 //! the position lies gets an index of its own up to there.
 
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 
-use srn_core::epoch::{Epoch, Position};
+use srn_core::epoch::{Epoch, EpochTable, Position};
 use srn_core::ids::{EpochId, Seq};
-use srn_core::time::{LogClock, Now};
+use srn_core::time::{LogClock, Now, WallTime};
 
 use super::append::Appender;
 use super::build::{Change, OwnedRecord};
-use super::{Group, Line};
+use super::{Group, Line, View};
 use crate::catalog::Catalog;
 use crate::error::{Result, StoreError};
 use crate::index::{PREFIX_LEVEL, RunMeta, RunScope};
 use crate::manifest::{Keep, PieceMeta, Purpose, Role, TimelineMeta};
+
+/// A line to be laid.
+pub(super) struct Laid {
+    /// Its epochs; the last one is its own.
+    pub(super) line: EpochTable,
+    /// What it is for.
+    pub(super) purpose: Purpose,
+    /// This node's part from then on, unfenced; none: as before.
+    pub(super) role: Option<Role>,
+    /// When.
+    pub(super) since: WallTime,
+}
 
 impl Group {
     /// Makes a writable clone of the group as it was behind frame `seq`. Throw it away with
@@ -52,23 +66,47 @@ impl Group {
             return Err(StoreError::Invalid("a local cache holds no copy to recover from".into()));
         }
         while self.seal_oldest()? {}
-        // From here to the end the base must stay behind the position.
-        let view = self.view_at(seq)?;
-        let at = view.catalog().at;
-        let (epochs, mut pieces, partial) = self.pieces_up_to(at)?;
+        let catalog = {
+            // No retirement is under way, and the view keeps the base behind the position.
+            let _still = self.maintaining.lock().unwrap_or_else(PoisonError::into_inner);
+            let view = self.view_at(seq)?;
+            let at = view.catalog().at;
+            let line = self.epochs().fork(id, at).map_err(|error| {
+                StoreError::Invalid(format!("a new epoch cannot begin at {at}: {error}"))
+            })?;
+            let role = (purpose == Purpose::Main).then_some(Role::Primary);
+            self.lay(&view, Laid { line, purpose, role, since: now.wall })?;
+            view.catalog()
+        };
+        let at = catalog.at;
+        let clock = LogClock::resume(catalog.log_time, catalog.wall_time, now);
+        let mut appender = Appender::new(self.clone(), id, at, clock);
+        begin_epoch(&mut appender, Epoch { id, forked_from: at }, now)?;
+        Ok(appender)
+    }
+
+    /// Adds a line that shares everything up to the view's position with the main line, whose
+    /// segments are all sealed, while no maintenance runs; one manifest says all of it. A new main line takes the place of the
+    /// old one: what that had behind the position is kept as a branch.
+    pub(super) fn lay(self: &Arc<Self>, view: &View, laid: Laid) -> Result<()> {
+        let Laid { line, purpose, role, since } = laid;
+        let (catalog, id) = (view.catalog(), line.current());
+        let at = catalog.at;
+        if self.lock().manifest.timelines.contains_key(&id) {
+            return Err(StoreError::NotInHistory(format!(
+                "epoch {} was left behind here before, as a branch that is still kept",
+                id.short()
+            )));
+        }
+        let (mut pieces, partial) = self.pieces_up_to(at)?;
         let mut prefix = None;
         if let Some(whole) = partial {
             let (meta, piece) = self.prefix(&whole, at)?;
             prefix = Some(meta);
             pieces.push(piece);
         }
-        let line = epochs.fork(id, at).map_err(|error| {
-            StoreError::Invalid(format!("a new epoch cannot begin at {at}: {error}"))
-        })?;
         let run = prefix.as_ref().map(|meta| self.open_run(meta)).transpose()?;
-        let timeline = TimelineMeta { epochs: line, purpose, since: now.wall, pieces };
-        let catalog = view.catalog();
-        let clock = LogClock::resume(catalog.log_time, catalog.wall_time, now);
+        let timeline = TimelineMeta { epochs: line, purpose, since, pieces };
         self.publish_with(
             |manifest| {
                 if let Some(meta) = prefix {
@@ -81,13 +119,16 @@ impl Group {
                     });
                     if has_tail && let Some(line) = manifest.timelines.get_mut(&old) {
                         line.purpose = Purpose::Branch;
+                        line.since = since;
                     } else {
                         // The new line holds all of it.
                         manifest.timelines.remove(&old);
                     }
                     manifest.main = id;
-                    manifest.role = Role::Primary;
-                    manifest.fence = None;
+                    if let Some(role) = role {
+                        manifest.role = role;
+                        manifest.fence = None;
+                    }
                     manifest.acked = Seq::ZERO;
                 }
                 manifest.timelines.insert(id, timeline);
@@ -103,10 +144,7 @@ impl Group {
                 }
                 state.lines.insert(id, Line::at(at, catalog));
             },
-        )?;
-        let mut appender = Appender::new(self.clone(), id, at, clock);
-        begin_epoch(&mut appender, Epoch { id, forked_from: at }, now)?;
-        Ok(appender)
+        )
     }
 
     /// Throws a clone away, and everything written to it.
@@ -135,7 +173,7 @@ impl Group {
 
     /// The clones that there are: epoch, position, and since when by the wall clock.
     #[must_use]
-    pub fn clones(&self) -> Vec<(EpochId, Position, srn_core::time::WallTime)> {
+    pub fn clones(&self) -> Vec<(EpochId, Position, WallTime)> {
         let state = self.lock();
         state
             .manifest
@@ -150,10 +188,7 @@ impl Group {
     }
 
     /// The main line's sealed pieces up to `at`; and the piece in whose middle it lies.
-    fn pieces_up_to(
-        &self,
-        at: Position,
-    ) -> Result<(srn_core::epoch::EpochTable, Vec<PieceMeta>, Option<PieceMeta>)> {
+    fn pieces_up_to(&self, at: Position) -> Result<(Vec<PieceMeta>, Option<PieceMeta>)> {
         let state = self.lock();
         let main = state.manifest.main;
         let line = state.manifest.timelines.get(&main);
@@ -169,7 +204,7 @@ impl Group {
                 at.seq
             )));
         }
-        Ok((line.epochs.clone(), pieces, partial))
+        Ok((pieces, partial))
     }
 
     /// An index of a piece up to `at`.

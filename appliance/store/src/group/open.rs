@@ -33,7 +33,7 @@ use crate::frame::Frame;
 use crate::index::{MemTable, Run, run_number_of};
 use crate::io::{Access, AlignedBuf, File, Fs};
 use crate::layer::{self, LayerFile, LayerHeader};
-use crate::manifest::{Keep, Manifest, Purpose, TimelineMeta};
+use crate::manifest::{Keep, Manifest, Purpose, Role, TimelineMeta};
 use crate::segment::{self, FreeSlots, HEADER_LEN, Segment, SegmentHeader, scan};
 
 /// What opening gave.
@@ -358,13 +358,23 @@ impl Group {
         let epochs = line.epochs.list();
         if let Some(epoch) = epochs.last()
             && epochs.len() > 1
-            && line.purpose != Purpose::Branch
+            && self.begins_epochs(line.purpose)
             && appender.head() == epoch.forked_from
         {
             // The crash came between the fork and its first frame.
             begin_epoch(&mut appender, Epoch { ..*epoch }, now)?;
         }
         Ok(appender)
+    }
+
+    /// Whether this node writes the first frame of a line's epoch: what a secondary follows was begun
+    /// by its peer.
+    fn begins_epochs(&self, purpose: Purpose) -> bool {
+        match purpose {
+            Purpose::Main => self.role().0 == Role::Primary,
+            Purpose::Clone => true,
+            Purpose::Branch => false,
+        }
     }
 
     /// Removes files that nothing lists.

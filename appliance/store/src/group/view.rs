@@ -142,10 +142,15 @@ impl Group {
     /// # Errors
     /// [`StoreError::NotInHistory`] when that is not kept any more, or is not there yet.
     pub fn view_at(self: &Arc<Self>, seq: Seq) -> Result<View> {
+        self.view_on(self.epochs().current(), seq, seq)
+    }
+
+    /// All disks as they were just behind frame `seq` of one line, which holds on to frame `held` of
+    /// the main line.
+    pub(super) fn view_on(self: &Arc<Self>, epoch: EpochId, seq: Seq, held: Seq) -> Result<View> {
         self.check_replica()?;
-        let epoch = self.epochs().current();
         // The lease first: from here on the base stays behind the position.
-        let lease = self.lease(seq)?;
+        let lease = self.lease(held)?;
         // One look at the state, so that all of it is of one moment; what is found stays readable
         // as long as it is held, whatever maintenance does meanwhile.
         let (mut sources, behind, partial) = self.lock().snapshot(epoch, seq)?;
