@@ -41,7 +41,7 @@ pub struct SimDisk {
     boot: u64,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct World {
     chance: Chance,
     boot: u64,
@@ -162,6 +162,16 @@ impl SimDisk {
         world.fault_at = None;
         world.boot += 1;
         Self { world: self.world.clone(), boot: world.boot }
+    }
+
+    /// A disk of its own with what this one shows now, as a snapshot of a machine keeps it.
+    #[must_use]
+    pub fn snapshot(&self) -> Self {
+        let mut world = self.lock().clone();
+        (world.off, world.fault_at) = (false, None);
+        world.boot += 1;
+        let boot = world.boot;
+        Self { world: Arc::new(Mutex::new(world)), boot }
     }
 
     /// Flips a bit of a file, durably: rot.

@@ -81,7 +81,7 @@ impl Older {
 }
 
 /// A file's content.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Clone)]
 pub(super) struct Inode {
     /// What a reader sees, by page.
     seen: BTreeMap<u64, Box<Page>>,
