@@ -3,4 +3,5 @@
 //! They refuse to know how many seeds are run, or by whom: see [`crate::seeds`].
 
 pub mod pair;
+pub mod reversal;
 pub mod store;

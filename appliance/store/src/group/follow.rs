@@ -5,7 +5,7 @@
 //! where the lines parted become a branch, which is never appended to, and the main line goes on from
 //! that place, which both nodes have: the same epoch, number and hash. All of that is one change of
 //! the manifest, so a crash leaves either the old line as it was, or the branch and the new line.
-//! What breaks first when this is wrong: `testkit/tests/pair_sim.rs`.
+//! What breaks first when this is wrong: `testkit::sim::reversal`.
 //!
 //! A new epoch's first frame comes from the peer; this node never writes one.
 

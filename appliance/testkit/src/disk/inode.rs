@@ -16,7 +16,7 @@ type Sector = [u8; SECTOR as usize];
 const ZERO: Sector = [0; SECTOR as usize];
 
 /// Eight sectors.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct Page {
     bytes: [u8; PAGE],
     /// One bit for each sector that was ever written.
@@ -36,7 +36,7 @@ impl Page {
 }
 
 /// What sectors held before they were written, since they were last durable.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Clone)]
 struct Older {
     /// The newest entry for each sector that is not durable.
     newest: BTreeMap<u64, u32>,
