@@ -4,7 +4,6 @@
 //! Invariant: a branch is deleted whole or not at all, and never what another line shares with it.
 //! While it is there the base stays at or before the place where it left the main line.
 
-use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use srn_core::epoch::Position;
@@ -14,8 +13,7 @@ use srn_core::time::{LogTime, WallTime};
 
 use super::{Checkpoint, Group, View};
 use crate::error::{Result, StoreError};
-use crate::index::{PREFIX_LEVEL, RunMeta};
-use crate::manifest::{Manifest, PieceMeta, Purpose, TimelineMeta};
+use crate::manifest::{Manifest, Purpose, TimelineMeta};
 use crate::segment::HEADER_LEN;
 
 /// A branch.
@@ -197,32 +195,7 @@ impl Group {
         self.branch(id)?;
         self.publish(|manifest| {
             manifest.timelines.remove(&id);
-            let lines: Vec<&TimelineMeta> = manifest.timelines.values().collect();
-            let used: BTreeSet<u32> = lines
-                .iter()
-                .flat_map(|line| line.pieces.iter().map(|piece| piece.ordinal))
-                .collect();
-            let segments = &manifest.segments;
-            let epoch_of = |piece: &PieceMeta| segments.get(&piece.ordinal).map(|meta| meta.epoch);
-            // Of the pieces that are left, those in which a run may lie, and the prefixes.
-            let is_needed = |run: &RunMeta| {
-                lines.iter().flat_map(|line| &line.pieces).any(|piece| {
-                    epoch_of(piece) == Some(run.epoch)
-                        && if run.level == PREFIX_LEVEL {
-                            piece.is_prefix && piece.last.seq == run.last
-                        } else {
-                            !piece.is_prefix && piece.last.seq >= run.last
-                        }
-                })
-            };
-            let needed: BTreeSet<u32> = manifest
-                .runs
-                .iter()
-                .filter(|(_, run)| is_needed(run))
-                .map(|(file, _)| *file)
-                .collect();
-            manifest.runs.retain(|file, _| needed.contains(file));
-            manifest.segments.retain(|ordinal, _| used.contains(ordinal));
+            manifest.drop_unused();
         })?;
         let line = self.lock().lines.remove(&id);
         if let Some(mut line) = line {

@@ -86,8 +86,8 @@ impl Group {
     }
 
     /// Adds a line that shares everything up to the view's position with the main line, whose
-    /// segments are all sealed, while no maintenance runs; one manifest says all of it. A new main line takes the place of the
-    /// old one: what that had behind the position is kept as a branch.
+    /// segments are all sealed, while no maintenance runs; one manifest says all of it. A new main
+    /// line takes the place of the old one: what that had behind the position is kept as a branch.
     pub(super) fn lay(self: &Arc<Self>, view: &View, laid: Laid) -> Result<()> {
         let Laid { line, purpose, role, since } = laid;
         let (catalog, id) = (view.catalog(), line.current());
