@@ -238,7 +238,11 @@ impl BaseDisk {
         Ok(())
     }
 
-    fn spans(&self, extent: Extent) -> Result<(Vec<(Extent, bool)>, bool)> {
+    /// Which parts of an extent have content, and whether that is all of it.
+    ///
+    /// # Errors
+    /// As the volume says.
+    pub(crate) fn spans(&self, extent: Extent) -> Result<(Vec<(Extent, bool)>, bool)> {
         let first = extent.start / PAGE_SECTORS;
         let end = extent.end().div_ceil(PAGE_SECTORS);
         let pages = (end - first).min(SPAN_PAGES_MAX);
@@ -253,6 +257,23 @@ impl BaseDisk {
             }
         }
         Ok((spans, first + pages == end))
+    }
+
+    /// How many of the disk's first `sectors` sectors are in pages that have content, in bytes.
+    ///
+    /// # Errors
+    /// As the volume says.
+    pub(crate) fn content_bytes(&self, sectors: u64) -> Result<u64> {
+        let pages = sectors.div_ceil(PAGE_SECTORS);
+        let mut count = 0;
+        let mut first = 0;
+        while first < pages {
+            let these = (pages - first).min(SPAN_PAGES_MAX);
+            let sums = self.sums_of(first, these)?;
+            count += sums.iter().filter(|sum| **sum != 0).count() as u64;
+            first += these;
+        }
+        Ok(count * PAGE as u64)
     }
 
     /// Puts whole pages in place; `bytes` begins at page `first`. Pages of zeros become holes. Not

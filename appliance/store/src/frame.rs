@@ -26,6 +26,19 @@ pub struct Frame {
     content: Vec<Bytes>,
 }
 
+/// Room for one block's content.
+#[derive(Debug)]
+pub(crate) struct Scratch {
+    gathered: Vec<u8>,
+    decoded: [u8; srn_core::limits::BLOCK_MAX],
+}
+
+impl Scratch {
+    pub(crate) const fn new() -> Self {
+        Self { gathered: Vec::new(), decoded: [0; srn_core::limits::BLOCK_MAX] }
+    }
+}
+
 /// Why a copy of a frame is not sound.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum BadFrame {
@@ -188,27 +201,34 @@ impl Frame {
     /// # Errors
     /// [`BadFrame::Content`] naming the first block that is not what it should be.
     pub fn verify(&self, codecs: &mut Codecs) -> Result<(), BadFrame> {
-        let mut scratch = [0u8; srn_core::limits::BLOCK_MAX];
-        let mut gathered = Vec::new();
-        for (at, (block, stored, offset)) in self.blocks()?.into_iter().enumerate() {
-            let bad = BadFrame::Content { seq: self.header.seq.0, block: at };
-            let bytes = self
-                .stored_bytes(offset as usize, stored.len as usize, &mut gathered)
-                .ok_or(BadFrame::Short)?;
-            let sum = if stored.codec == envelope::Codec::Raw {
-                content_sum(bytes)
-            } else {
-                let out = scratch.get_mut(..block.len()).ok_or(bad)?;
-                if !codecs.decode(stored.codec, bytes, out) {
-                    return Err(bad);
-                }
-                content_sum(out)
-            };
-            if sum != block.sum {
-                return Err(bad);
+        let mut scratch = Scratch::new();
+        for (at, block) in self.blocks()?.iter().enumerate() {
+            if self.block_content(block, codecs, &mut scratch).is_none() {
+                return Err(BadFrame::Content { seq: self.header.seq.0, block: at });
             }
         }
         Ok(())
+    }
+
+    /// The content of one of [`Frame::blocks`]; none when it does not have its checksum.
+    pub(crate) fn block_content<'a>(
+        &'a self,
+        (block, stored, offset): &(Block, Stored, u32),
+        codecs: &mut Codecs,
+        scratch: &'a mut Scratch,
+    ) -> Option<&'a [u8]> {
+        let Scratch { gathered, decoded } = scratch;
+        let bytes = self.stored_bytes(*offset as usize, stored.len as usize, gathered)?;
+        let content = if stored.codec == envelope::Codec::Raw {
+            bytes
+        } else {
+            let out = decoded.get_mut(..block.len())?;
+            if !codecs.decode(stored.codec, bytes, out) {
+                return None;
+            }
+            out
+        };
+        (content_sum(content) == block.sum).then_some(content)
     }
 
     /// A range of the stored content; gathered into `scratch` when it spans pieces.

@@ -32,6 +32,7 @@ pub use digest::{GrainHash, content_hash};
 pub use maintain::Worked;
 pub use open::Opened;
 pub use retire::Retention;
+pub(crate) use view::{Content, read_block};
 pub use view::{Lease, SpanKind, View};
 
 use std::collections::{BTreeMap, VecDeque};
@@ -41,7 +42,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use srn_core::epoch::{EpochTable, Position};
 use srn_core::ids::{CheckpointId, EpochId, FrameHash, GroupId, Seq};
-use srn_core::time::Now;
+use srn_core::time::{Now, WallTime};
 
 use crate::base::Base;
 use crate::catalog::Catalog;
@@ -222,6 +223,23 @@ impl Unsealed {
     }
 }
 
+/// A line of frames, as it stands.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LineInfo {
+    /// What it is for.
+    pub purpose: Purpose,
+    /// Its line of epochs; the last one is its own.
+    pub epochs: EpochTable,
+    /// When it was begun.
+    pub since: WallTime,
+    /// Its oldest frame that can still be read.
+    pub oldest: Seq,
+    /// The group at the oldest point that can be recovered; none for a cache.
+    pub base: Option<Catalog>,
+    /// The group at its end.
+    pub catalog: Catalog,
+}
+
 /// A checkpoint of the group.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Checkpoint {
@@ -297,6 +315,30 @@ impl Group {
             return Err(error);
         }
         Ok(opened)
+    }
+
+    /// The lines of frames that there are, the main one first.
+    #[must_use]
+    pub fn lines(&self) -> Vec<LineInfo> {
+        let state = self.lock();
+        let mut lines: Vec<LineInfo> = state
+            .manifest
+            .timelines
+            .iter()
+            .filter_map(|(id, meta)| {
+                let line = state.lines.get(id)?;
+                Some(LineInfo {
+                    purpose: meta.purpose,
+                    epochs: meta.epochs.clone(),
+                    since: meta.since,
+                    oldest: state.oldest(*id),
+                    base: state.manifest.base.as_ref().map(|base| base.catalog.clone()),
+                    catalog: line.catalog.clone(),
+                })
+            })
+            .collect();
+        lines.sort_by_key(|line| line.purpose != Purpose::Main);
+        lines
     }
 
     pub(crate) fn lock(&self) -> MutexGuard<'_, State> {
@@ -447,13 +489,20 @@ impl Group {
     /// # Errors
     /// When an index file cannot be read.
     pub fn checkpoints(&self) -> Result<Vec<Checkpoint>> {
+        self.checkpoints_of(self.epochs().current())
+    }
+
+    /// The checkpoints of one line that can be recovered, oldest first.
+    ///
+    /// # Errors
+    /// When an index file cannot be read.
+    pub fn checkpoints_of(&self, line: EpochId) -> Result<Vec<Checkpoint>> {
         let (runs, tables, notes, base) = {
             let state = self.lock();
-            let main = state.manifest.main;
-            let runs = state.piece_runs(main)?;
+            let runs = state.piece_runs(line)?;
             let tables: Vec<_> = state
                 .lines
-                .get(&main)
+                .get(&line)
                 .map(|line| line.unsealed.iter().map(|open| open.table.clone()).collect())
                 .unwrap_or_default();
             let base = state.manifest.base.as_ref().map(|base| base.catalog.at);
@@ -470,10 +519,9 @@ impl Group {
                 add(&mark, run.meta().epoch);
             }
         }
-        let main = self.epochs().current();
         for table in &tables {
             let table = table.read().unwrap_or_else(PoisonError::into_inner);
-            table.marks().iter().for_each(|mark| add(mark, main));
+            table.marks().iter().for_each(|mark| add(mark, line));
         }
         found.retain(|checkpoint| base.is_none_or(|base| checkpoint.position.seq > base.seq));
         found.sort_by_key(|checkpoint| checkpoint.position.seq);

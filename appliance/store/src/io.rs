@@ -8,10 +8,12 @@
 
 mod buf;
 mod os;
+mod shadow;
 mod volume;
 
 pub use buf::{AlignedBuf, BufPool, PooledBuf, is_aligned};
-pub use os::OsFs;
+pub use os::{OsFs, OsReadFs};
+pub use shadow::ShadowFs;
 pub use volume::Volume;
 
 use std::fmt::Debug;

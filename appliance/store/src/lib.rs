@@ -15,6 +15,7 @@ pub mod error;
 pub mod frame;
 pub mod group;
 pub mod index;
+pub mod inspect;
 pub mod io;
 pub mod layer;
 pub mod manifest;

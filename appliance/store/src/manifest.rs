@@ -205,6 +205,13 @@ fn generation_of(name: &str) -> Option<u64> {
     u64::from_str_radix(hex, 16).ok()
 }
 
+/// The names among `names` that are those of manifests, oldest first.
+pub(crate) fn manifest_names(names: &[String]) -> Vec<String> {
+    let mut found: Vec<_> = names.iter().filter(|name| generation_of(name).is_some()).collect();
+    found.sort_by_key(|name| generation_of(name));
+    found.into_iter().cloned().collect()
+}
+
 impl Manifest {
     /// Forgets segments, layers and index files of pieces that no line has any more.
     pub(crate) fn drop_unused(&mut self) {
@@ -255,7 +262,15 @@ impl Manifest {
             .filter_map(|name| generation_of(name))
             .max()
             .ok_or_else(|| StoreError::Corrupt(format!("{} has no manifest", dir.display())))?;
-        let path = dir.join(file_name(newest));
+        Self::read(volume, dir, &file_name(newest))
+    }
+
+    /// Reads the one with this file name.
+    ///
+    /// # Errors
+    /// As [`Manifest::load`].
+    pub(crate) fn read(volume: &Volume, dir: &Path, name: &str) -> Result<Self> {
+        let path = dir.join(name);
         let bytes = durable::read(volume, &path, MANIFEST_MAX)?;
         let manifest = codec::decode(&bytes).map_err(|error| match error {
             codec::BadManifest::Version(found) => StoreError::NewerVersion {
@@ -267,7 +282,7 @@ impl Manifest {
                 StoreError::Corrupt(format!("{}: {what}", path.display()))
             }
         })?;
-        if manifest.generation != newest {
+        if Some(manifest.generation) != generation_of(name) {
             return Err(StoreError::Corrupt(format!("{}: wrong generation", path.display())));
         }
         Ok(manifest)

@@ -127,6 +127,12 @@ impl SimDisk {
         self.lock().counts
     }
 
+    /// How many operations that change something there were.
+    #[must_use]
+    pub fn operations(&self) -> u64 {
+        self.lock().operations
+    }
+
     /// The power goes off and on: what was not synced may be lost. Returns the disk as the next
     /// boot sees it; handles of the boot before are dead.
     #[must_use]

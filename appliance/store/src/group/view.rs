@@ -145,6 +145,21 @@ impl Group {
         self.view_on(self.epochs().current(), seq, seq)
     }
 
+    /// All disks as they were just behind frame `seq` of one line.
+    ///
+    /// # Errors
+    /// [`StoreError::NotInHistory`] when that is not kept any more, or is not there yet.
+    pub fn view_at_of(self: &Arc<Self>, epoch: EpochId, seq: Seq) -> Result<View> {
+        let shared = {
+            let state = self.lock();
+            let lines = &state.manifest.timelines;
+            let main = lines.get(&state.manifest.main).map(|line| &line.epochs);
+            let line = lines.get(&epoch).map(|line| &line.epochs);
+            main.zip(line).and_then(|(main, line)| main.common_with(line)).unwrap_or(Seq::ZERO)
+        };
+        self.view_on(epoch, seq, seq.min(shared))
+    }
+
     /// All disks as they were just behind frame `seq` of one line, which holds on to frame `held` of
     /// the main line.
     pub(super) fn view_on(self: &Arc<Self>, epoch: EpochId, seq: Seq, held: Seq) -> Result<View> {
@@ -557,7 +572,7 @@ fn gone(ordinal: u32) -> StoreError {
 }
 
 /// Reads the content of a place in the history, and verifies the whole block that holds it.
-pub(super) fn read_block(
+pub(crate) fn read_block(
     pool: &BufPool,
     from: &Content,
     place: &Place,

@@ -82,6 +82,13 @@ pub(super) fn encode(disk: DiskNo, extent: Extent, place: &Place, out: &mut Vec<
     }
 }
 
+/// From a key to the end of its disk, wherever that is.
+pub(super) fn from_key(key: u64) -> (DiskNo, Extent) {
+    let start = key & ((1 << 48) - 1);
+    let disk = DiskNo(u32::try_from(key >> 48).unwrap_or(u32::MAX));
+    (disk, Extent::new(start, DISK_SECTORS_MAX.saturating_sub(start)))
+}
+
 /// Reads an entry; `None` when a field is out of range.
 pub(super) fn decode(bytes: &[u8]) -> Result<Option<(DiskNo, Extent, Place)>, Truncated> {
     let mut reader = Reader::new(bytes);

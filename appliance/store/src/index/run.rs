@@ -10,7 +10,7 @@
 mod read;
 mod write;
 
-pub use read::{BlockCache, Entries, Run};
+pub use read::{BadBlock, BlockCache, Entries, Run};
 pub use write::{RunScope, RunWriter};
 
 use srn_core::bytes::content_sum;

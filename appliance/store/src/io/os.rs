@@ -18,6 +18,11 @@ const PARTS_MAX: usize = 1024;
 #[derive(Debug, Clone, Copy, Default)]
 pub struct OsFs;
 
+/// The operating system's file system, for looking only: files are opened for reading, through the
+/// page cache, and nothing else is allowed. Works on volumes that are mounted read-only.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct OsReadFs;
+
 #[derive(Debug)]
 struct OsFile {
     fd: OwnedFd,
@@ -88,6 +93,45 @@ impl Fs for OsFs {
     fn free_bytes(&self, path: &Path) -> io::Result<u64> {
         let stat = rustix::fs::statvfs(path)?;
         Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
+    }
+}
+
+impl Fs for OsReadFs {
+    fn create(&self, _path: &Path, _access: Access) -> io::Result<Arc<dyn File>> {
+        Err(io::ErrorKind::ReadOnlyFilesystem.into())
+    }
+
+    fn open(&self, path: &Path, _access: Access) -> io::Result<Arc<dyn File>> {
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+        Ok(Arc::new(OsFile { fd: rustix::fs::open(path, flags, Mode::empty())? }))
+    }
+
+    fn rename(&self, _from: &Path, _to: &Path) -> io::Result<()> {
+        Err(io::ErrorKind::ReadOnlyFilesystem.into())
+    }
+
+    fn remove(&self, _path: &Path) -> io::Result<()> {
+        Err(io::ErrorKind::ReadOnlyFilesystem.into())
+    }
+
+    fn create_dir(&self, _path: &Path) -> io::Result<()> {
+        Err(io::ErrorKind::ReadOnlyFilesystem.into())
+    }
+
+    fn remove_dir(&self, _path: &Path) -> io::Result<()> {
+        Err(io::ErrorKind::ReadOnlyFilesystem.into())
+    }
+
+    fn list(&self, path: &Path) -> io::Result<Vec<String>> {
+        OsFs.list(path)
+    }
+
+    fn sync_dir(&self, _path: &Path) -> io::Result<()> {
+        Err(io::ErrorKind::ReadOnlyFilesystem.into())
+    }
+
+    fn free_bytes(&self, _path: &Path) -> io::Result<u64> {
+        Ok(0)
     }
 }
 

@@ -128,6 +128,16 @@ pub fn header_from_frame(
 }
 
 impl Scan {
+    /// Where the next frame is looked for, and the frame it has to follow.
+    pub(crate) const fn place(&self) -> (u64, Seq) {
+        (self.offset, self.last)
+    }
+
+    /// Length of the file in bytes.
+    pub(crate) const fn file_len(&self) -> u64 {
+        self.len
+    }
+
     /// Goes on at a frame that is known to begin at `offset`, behind frame `last` with `hash`.
     pub fn seek(&mut self, offset: u64, last: Seq, hash: FrameHash) {
         self.offset = offset;
@@ -178,7 +188,7 @@ impl Scan {
 
     /// The sound frame of this segment at `at`, wherever it belongs in the chain, and the watermark
     /// that was written with it.
-    fn frame_at(&mut self, at: u64, verify: bool) -> Result<Option<(Frame, Seq)>> {
+    pub(crate) fn frame_at(&mut self, at: u64, verify: bool) -> Result<Option<(Frame, Seq)>> {
         let Some(page) = self.bytes(at, PAGE)? else { return Ok(None) };
         let Some(fixed) = page.first_chunk::<{ envelope::LEN }>() else { return Ok(None) };
         let Ok(envelope) = Envelope::decode(fixed) else { return Ok(None) };
@@ -201,7 +211,7 @@ impl Scan {
     }
 
     /// `len` bytes from `at`; `None` when the file ends before.
-    fn bytes(&mut self, at: u64, len: usize) -> Result<Option<Bytes>> {
+    pub(crate) fn bytes(&mut self, at: u64, len: usize) -> Result<Option<Bytes>> {
         if at.checked_add(len as u64).is_none_or(|end| end > self.len) {
             return Ok(None);
         }

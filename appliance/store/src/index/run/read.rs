@@ -54,6 +54,19 @@ pub struct Run {
     /// This opening's number in the cache.
     cached_as: u64,
     cache: Arc<BlockCache>,
+    /// BLAKE3 of all blocks before the footer.
+    digest: [u8; 32],
+    /// Blocks before the footer.
+    blocks: u32,
+}
+
+/// A block of a run that is not what was written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BadBlock {
+    /// Its number.
+    pub number: u32,
+    /// For a leaf between two that are sound: the disk and sectors that its entries may be about.
+    pub covers: Option<(DiskNo, Extent)>,
 }
 
 impl Run {
@@ -96,8 +109,58 @@ impl Run {
             return Err(damaged());
         }
         let cached_as = cache.next_run.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-        let layout = footer.layout;
-        Ok(Self { meta: *meta, last: footer.last, layout, file, cached_as, cache: cache.clone() })
+        Ok(Self {
+            meta: *meta,
+            last: footer.last,
+            layout: footer.layout,
+            file,
+            cached_as,
+            cache: cache.clone(),
+            digest: footer.digest,
+            blocks: u32::try_from(at / PAGE as u64).map_err(|_| damaged())?,
+        })
+    }
+
+    /// Length of the file in bytes.
+    #[must_use]
+    pub fn file_len(&self) -> u64 {
+        (u64::from(self.blocks) + 1) * PAGE as u64
+    }
+
+    /// Reads every block, around the cache. Returns those that are damaged, and whether the whole
+    /// has the hash that the footer names.
+    ///
+    /// # Errors
+    /// As the volume says.
+    pub fn check(&self) -> Result<(Vec<BadBlock>, bool)> {
+        let mut hasher = blake3::Hasher::new();
+        let mut bad: Vec<BadBlock> = Vec::new();
+        let mut last_key = 0;
+        for number in 0..self.blocks {
+            let block = self.read_block(number)?;
+            hasher.update(&*block);
+            let is_leaf = number < self.layout.leaves;
+            let level = if is_leaf { 0 } else { block.get(2).copied().unwrap_or(u8::MAX) };
+            let Some((count, content)) = open_block(&block, level) else {
+                bad.push(BadBlock { number, covers: is_leaf.then(|| entry::from_key(last_key)) });
+                continue;
+            };
+            if !is_leaf {
+                continue;
+            }
+            let first = self.entry_in(content, 0);
+            let last = self.entry_in(content, count.saturating_sub(1));
+            if let (Ok((disk, extent, _)), Some(open)) = (first, bad.last_mut())
+                && open.number + 1 == number
+            {
+                open.cover_up_to(disk, extent.start);
+            }
+            match last {
+                Ok((disk, extent, _)) => last_key = entry::key(disk, extent.end()),
+                Err(_) => bad.push(BadBlock { number, covers: None }),
+            }
+        }
+        Ok((bad, hasher.finalize().as_bytes() == &self.digest))
     }
 
     /// What the manifest knows of it.
@@ -285,6 +348,17 @@ impl Lookup for Run {
     }
 }
 
+impl BadBlock {
+    /// The next sound leaf begins at `start` of `disk`.
+    fn cover_up_to(&mut self, disk: DiskNo, start: u64) {
+        if let Some((from, extent)) = &mut self.covers
+            && *from == disk
+        {
+            extent.sectors = start.saturating_sub(extent.start);
+        }
+    }
+}
+
 /// Reads a run's entries in order.
 #[derive(Debug)]
 pub struct Entries<R> {
@@ -332,6 +406,7 @@ struct Footer {
     last: Position,
     entries: u64,
     layout: Layout,
+    digest: [u8; 32],
 }
 
 impl Footer {
@@ -355,7 +430,10 @@ impl Footer {
             marks: (reader.u32()?, reader.u32()?),
             catalog: (reader.u32()?, reader.u32()?),
         };
+        reader.u32()?;
+        let digest = reader.array()?;
         // A tree of height 6 has more leaves than a file can have blocks.
-        Ok((layout.height <= 6).then_some(Self { version, group, first, last, entries, layout }))
+        let sound = layout.height <= 6;
+        Ok(sound.then_some(Self { version, group, first, last, entries, layout, digest }))
     }
 }
