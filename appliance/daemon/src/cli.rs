@@ -8,6 +8,7 @@ mod args;
 mod client;
 mod commands;
 mod copy;
+mod inspect;
 mod integrity;
 mod render;
 
@@ -29,6 +30,7 @@ pub fn main() -> ExitCode {
     };
     let result = match line.command {
         Command::Daemon { config } => crate::daemon::run(config.as_deref()),
+        Command::Inspect(command) => inspect::run(command, line.json),
         command => ask(line.socket, line.json, command),
     };
     match result {

@@ -19,7 +19,7 @@ use srn_store::group::{
 use srn_store::inspect::{self, Damage, Files, Report, SegmentUse};
 use srn_store::io::{Access, Fs};
 use srn_store::manifest::{Keep, Role};
-use srn_testkit::seeds::Coverage;
+use srn_testkit::seeds::{Coverage, Simulation};
 use srn_testkit::{Chance, Fault, SimDisk};
 
 const DISKS: u32 = 2;
@@ -110,6 +110,15 @@ impl World {
         u128::from(self.next_id).to_le_bytes()
     }
 
+    /// Everything from a frame on, and a few points before it.
+    fn retention(&mut self, keep_from: Seq) -> Retention {
+        let mut points: Vec<Seq> =
+            (0..3).map(|_| Seq(self.chance.below(keep_from.0 + 1))).collect();
+        points.sort();
+        points.dedup();
+        Retention { keep_from, points }
+    }
+
     /// One thing that a group does; whether it could.
     fn step(&mut self) -> bool {
         match self.chance.below(20) {
@@ -123,8 +132,9 @@ impl World {
             }
             13..18 => {
                 let keep_from = Seq(self.chance.below(self.group.head().seq.0 + 1));
+                let retention = self.retention(keep_from);
                 for _ in 0..self.chance.between(1, 8) {
-                    match self.group.maintain(Retention { keep_from }) {
+                    match self.group.maintain(&retention) {
                         Ok(Worked::Something) => {}
                         Ok(Worked::Nothing) => return true,
                         Err(_) => return false,
@@ -189,80 +199,90 @@ impl World {
 /// After any crash: the tool sees what the daemon will see, finds no damage, and changes nothing.
 #[test]
 fn after_any_crash_it_sees_what_the_daemon_will_see() {
-    let wanted = [
-        "failover",
-        "power cut",
-        "process restart",
-        "unproven frames",
-        "retirement under way",
-        "clones or branches",
-        "older point compared",
-        "cache",
-    ];
-    srn_testkit::seeds::run(60, &wanted, |seed| {
-        let keep = if seed % 5 == 0 { Keep::Cache } else { Keep::Replica };
-        let mut world = World::new(seed, keep);
-        for _ in 0..2 {
-            world.crash();
-            if read(&world.disk, &dir().join("base/retire.intent")).is_ok() {
-                world.saw("retirement under way");
-            }
-            let before = world.disk.operations();
-            let fs = Arc::new(world.disk.clone());
-            let looked = inspect::open(fs.clone(), &dir(), now(world.clock), seed);
-            let looked = looked.expect("the tool opens it");
-            let report = verify(&world.disk, world.clock);
-            assert_eq!(report.damage, [], "there is no damage");
-            let listed = Files::open(fs, &dir()).expect("a manifest");
-            let segments = listed.segments().expect("a list of segments");
-            assert!(segments.iter().all(|file| file.purpose != SegmentUse::Unreadable));
-            assert_eq!(before, world.disk.operations(), "looking changed something");
+    let simulation = Simulation {
+        name: "inspect",
+        run: look_after_crashes,
+        wanted: &[
+            "failover",
+            "power cut",
+            "process restart",
+            "unproven frames",
+            "retirement under way",
+            "clones or branches",
+            "older point compared",
+            "layer",
+            "cache",
+        ],
+    };
+    srn_testkit::seeds::run(&simulation, 60);
+}
 
-            let shared = shared(&world.disk, seed);
-            let opened = Group::open(&shared, options(), &dir(), now(world.clock));
-            if let Err(StoreError::Full(_)) = opened {
-                // There is no room to go on in, but it can be looked at.
-                world.saw("full");
-                break;
-            }
-            let opened = opened.expect("the daemon opens it");
-            if opened.rewritten > 0 {
-                world.saw("unproven frames");
-            }
-            assert_eq!(looked.unproven, opened.rewritten);
-            assert_eq!(looked.group.lines(), opened.group.lines());
-            for line in opened.group.lines() {
-                let id = line.epochs.current();
-                let marks = |group: &Group| group.checkpoints_of(id).expect("checkpoints");
-                assert_eq!(marks(&looked.group), marks(&opened.group));
-                let Some(base) = line.base else {
-                    world.saw("cache");
-                    continue;
-                };
-                let (from, to) = (base.at.seq.0, line.catalog.at.seq.0);
-                for _ in 0..3 {
-                    let seq = Seq(world.chance.between(from.min(to), to));
-                    let content =
-                        |group: &Arc<Group>| contents(&group.view_at_of(id, seq)?, DISKS, SECTORS);
-                    let (a, b) = (content(&looked.group), content(&opened.group));
-                    match (a, b) {
-                        (Ok(a), Ok(b)) => {
-                            assert!(a == b, "frame {seq} of line {id} differs");
-                            world.saw("older point compared");
-                        }
-                        (Err(StoreError::NotInHistory(_)), Err(StoreError::NotInHistory(_))) => {}
-                        (a, b) => panic!("frame {seq}: {:?} and {:?}", a.err(), b.err()),
+fn look_after_crashes(seed: u64) -> Coverage {
+    let keep = if seed % 5 == 0 { Keep::Cache } else { Keep::Replica };
+    let mut world = World::new(seed, keep);
+    for _ in 0..2 {
+        world.crash();
+        if read(&world.disk, &dir().join("base/retire.intent")).is_ok() {
+            world.saw("retirement under way");
+        }
+        let before = world.disk.operations();
+        let fs = Arc::new(world.disk.clone());
+        let looked = inspect::open(fs.clone(), &dir(), now(world.clock), seed);
+        let looked = looked.expect("the tool opens it");
+        let report = verify(&world.disk, world.clock);
+        assert_eq!(report.damage, [], "there is no damage");
+        let listed = Files::open(fs, &dir()).expect("a manifest");
+        if !listed.manifest.layers.is_empty() {
+            world.saw("layer");
+        }
+        let segments = listed.segments().expect("a list of segments");
+        assert!(segments.iter().all(|file| file.purpose != SegmentUse::Unreadable));
+        assert_eq!(before, world.disk.operations(), "looking changed something");
+
+        let shared = shared(&world.disk, seed);
+        let opened = Group::open(&shared, options(), &dir(), now(world.clock));
+        if let Err(StoreError::Full(_)) = opened {
+            // There is no room to go on in, but it can be looked at.
+            world.saw("full");
+            break;
+        }
+        let opened = opened.expect("the daemon opens it");
+        if opened.rewritten > 0 {
+            world.saw("unproven frames");
+        }
+        assert_eq!(looked.unproven, opened.rewritten);
+        assert_eq!(looked.group.lines(), opened.group.lines());
+        for line in opened.group.lines() {
+            let id = line.epochs.current();
+            let marks = |group: &Group| group.checkpoints_of(id).expect("checkpoints");
+            assert_eq!(marks(&looked.group), marks(&opened.group));
+            let Some(base) = line.base else {
+                world.saw("cache");
+                continue;
+            };
+            let (from, to) = (base.at.seq.0, line.catalog.at.seq.0);
+            for _ in 0..3 {
+                let seq = Seq(world.chance.between(from.min(to), to));
+                let content =
+                    |group: &Arc<Group>| contents(&group.view_at_of(id, seq)?, DISKS, SECTORS);
+                let (a, b) = (content(&looked.group), content(&opened.group));
+                match (a, b) {
+                    (Ok(a), Ok(b)) => {
+                        assert!(a == b, "frame {seq} of line {id} differs");
+                        world.saw("older point compared");
                     }
+                    (Err(StoreError::NotInHistory(_)), Err(StoreError::NotInHistory(_))) => {}
+                    (a, b) => panic!("frame {seq}: {:?} and {:?}", a.err(), b.err()),
                 }
             }
-            if opened.group.lines().len() > 1 {
-                world.saw("clones or branches");
-            }
-            world.group = opened.group;
-            world.main = Some(opened.main);
         }
-        world.seen
-    });
+        if opened.group.lines().len() > 1 {
+            world.saw("clones or branches");
+        }
+        world.group = opened.group;
+        world.main = Some(opened.main);
+    }
+    world.seen
 }
 
 /// A replica with a base, sealed segments, merged runs and an open end.
@@ -275,9 +295,9 @@ fn sound() -> World {
     // Seals everything, retires half of it.
     world.main.as_mut().expect("a main line").close_segment();
     let keep_from = Seq(world.group.head().seq.0 / 4);
-    while world.group.maintain(Retention { keep_from }).expect("work") == Worked::Something {}
+    while world.group.maintain(&Retention::from(keep_from)).expect("work") == Worked::Something {}
     for start in 0..5 {
-        let write = Write::Data { disk: 0, start, content: vec![0x5a; 512] };
+        let write = Write::Data { disk: 0, start, content: vec![0x5a; 512].into() };
         assert!(world.commit(&[write.change()]));
     }
     world.main = None;

@@ -86,6 +86,9 @@ pub(super) enum Command {
         #[arg(long)]
         disk: Option<String>,
     },
+    /// Look at a state directory while no daemon runs: list, verify, export. Changes nothing there.
+    #[command(subcommand)]
+    Inspect(super::inspect::InspectCommand),
 }
 
 #[derive(Debug, Subcommand)]

@@ -43,7 +43,7 @@ pub(super) async fn run(client: Client, json: bool, command: Command) -> Result<
     let out = Out { json };
     match command {
         // Dealt with before a client is made.
-        Command::Daemon { .. } => Ok(()),
+        Command::Daemon { .. } | Command::Inspect(_) => Ok(()),
         Command::Status { watch } => status(&client, &out, watch).await,
         Command::Events => {
             let events: Vec<EventRecord> = client.get("/v1/events").await?;

@@ -62,7 +62,7 @@ impl Pieces {
 }
 
 /// Removes the unfinished file unless it was finished.
-struct Unfinished(Option<PathBuf>);
+pub(super) struct Unfinished(pub(super) Option<PathBuf>);
 
 impl Drop for Unfinished {
     fn drop(&mut self) {
@@ -101,7 +101,7 @@ pub(super) async fn to_file(open: &OpenExport, path: &Path) -> Result<u64> {
     Ok(bytes)
 }
 
-fn failed(path: &Path, error: &std::io::Error) -> Failure {
+pub(super) fn failed(path: &Path, error: &std::io::Error) -> Failure {
     Failure::new(Kind::Storage, format!("writing {}: {error}", path.display()))
 }
 
@@ -171,7 +171,7 @@ async fn one(
 }
 
 /// Shows how far the copy is, a few times a second, on a terminal.
-struct Meter {
+pub(super) struct Meter {
     total: u64,
     began: Instant,
     shown: Option<Instant>,
@@ -179,12 +179,12 @@ struct Meter {
 }
 
 impl Meter {
-    fn new(total: u64) -> Self {
+    pub(super) fn new(total: u64) -> Self {
         let terminal = std::io::stderr().is_terminal();
         Self { total, began: Instant::now(), shown: None, terminal }
     }
 
-    fn at(&mut self, done: u64) {
+    pub(super) fn at(&mut self, done: u64) {
         let due = self.shown.is_none_or(|shown| shown.elapsed().as_millis() >= 250);
         if !self.terminal || !due {
             return;
@@ -196,7 +196,7 @@ impl Meter {
         let _ = write!(std::io::stderr(), "\r\x1b[K{bar} {words}");
     }
 
-    fn done(&self) {
+    pub(super) fn done(&self) {
         if self.shown.is_some() {
             say_error("\r\x1b[K");
         }

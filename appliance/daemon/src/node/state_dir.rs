@@ -49,8 +49,8 @@ impl StateDir {
             Ok(()) => {}
             Err(rustix::io::Errno::WOULDBLOCK) => {
                 return Err(Failure::conflict(format!(
-                    "state directory {} is in use by another daemon; stop it first, or give this \
-                     one its own node.state_dir",
+                    "state directory {} is in use by another daemon, or srn inspect looks at it; \
+                     stop that first, or give this one its own node.state_dir",
                     path.display()
                 )));
             }
