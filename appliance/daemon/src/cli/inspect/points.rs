@@ -129,7 +129,7 @@ fn text(answer: &PointsAnswer) -> String {
     let mut out = vec![format!("group {} ({})", answer.group, answer.id)];
     if answer.unproven_frames > 0 {
         out.push(format!(
-            "the newest {} frames are sound but may be only in a cache of this machine",
+            "newest frames that may be only in a cache of this machine: {}",
             answer.unproven_frames
         ));
     }
