@@ -218,7 +218,7 @@ fn after_any_crash_it_sees_what_the_daemon_will_see() {
 }
 
 fn look_after_crashes(seed: u64) -> Coverage {
-    let keep = if seed % 5 == 0 { Keep::Cache } else { Keep::Replica };
+    let keep = if seed.is_multiple_of(5) { Keep::Cache } else { Keep::Replica };
     let mut world = World::new(seed, keep);
     for _ in 0..2 {
         world.crash();
