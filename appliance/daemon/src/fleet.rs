@@ -46,6 +46,19 @@ pub enum IsolatedStart {
     Wait,
 }
 
+/// Whether a write is answered only when the peer holds it too.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Synchronous {
+    /// It is answered when it is durable here.
+    #[default]
+    Off,
+    /// It is answered when it is durable at the peer, and waits for as long as the peer is away.
+    Wait,
+    /// The same while the peer is there; without it writes are answered as if this were off.
+    Degrade,
+}
+
 /// A group's settings at this node.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GroupRecord {
@@ -61,6 +74,9 @@ pub struct GroupRecord {
     pub full_policy: FullPolicy,
     /// At start without the peer.
     pub isolated_start: IsolatedStart,
+    /// Whether answers wait for the peer.
+    #[serde(default)]
+    pub synchronous: Synchronous,
     /// Seconds between periodic checkpoints; 0 for none.
     pub checkpoint_every_s: u64,
     /// Seconds of history that stay recoverable, where a replica is kept.

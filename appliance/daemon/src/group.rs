@@ -15,6 +15,7 @@ mod pump;
 mod room;
 mod session;
 mod status;
+mod synchronous;
 mod takeover;
 mod watch;
 
@@ -22,6 +23,7 @@ pub use export::{DiskExport, ReadOnlyExport, Slot, Slots};
 pub use handover::Kept;
 pub use incoming::FAILED_OVER;
 pub use status::{CheckpointStatus, DiskStatus, GroupStatus, LinkStatus, LogStatus};
+pub use synchronous::SyncStatus;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
@@ -123,6 +125,8 @@ struct Facts {
     /// At start without the peer: exports stay closed until it has been heard.
     waiting_for_peer: bool,
     last_checkpoint: Option<srn_core::time::Mono>,
+    /// Whether answers wait for the peer.
+    synchronous: synchronous::Remembered,
     /// The node is stopping: what changes now is no news.
     silent: bool,
 }
@@ -287,6 +291,8 @@ impl Group {
         if fence.is_some() {
             this.engine().close(FENCED);
         }
+        // Before anything can be written.
+        this.review_synchronous();
         Ok((this, clones))
     }
 
@@ -380,6 +386,7 @@ impl Group {
         self.context.fleet().put_group(&next)?;
         *record = next;
         drop(record);
+        self.review_synchronous();
         self.maintainer.wake();
         self.changed.notify_waiters();
         Ok(())

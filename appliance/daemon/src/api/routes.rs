@@ -16,7 +16,7 @@ use srn_core::token::Token;
 use super::{exports, integrity};
 use crate::config::Size;
 use crate::error::{Failure, Result};
-use crate::fleet::{EventRecord, FullPolicy, IsolatedStart, PeerRecord, Source};
+use crate::fleet::{EventRecord, FullPolicy, IsolatedStart, PeerRecord, Source, Synchronous};
 use crate::group::{CheckpointStatus, GroupStatus};
 use crate::node::{GroupRequest, NewToken, Node, NodeStatus, PeerStatus};
 use crate::recovery::{RecoveryRequest, RecoveryStatus};
@@ -155,6 +155,8 @@ pub struct GroupChange {
     pub full_policy: Option<FullPolicy>,
     /// At start without the peer.
     pub isolated_start: Option<IsolatedStart>,
+    /// Whether answers wait for the peer.
+    pub synchronous: Option<Synchronous>,
     /// The most that the log may take, in bytes; takes effect at the next start.
     pub log_cap_bytes: Option<u64>,
     /// A program that makes sure that production is off; empty for none.
@@ -181,7 +183,11 @@ async fn change_group(
     {
         return Err(Failure::invalid(format!("there is no program {}", hook.display())));
     }
+    if matches!(change.synchronous, Some(Synchronous::Wait | Synchronous::Degrade)) {
+        group.check_synchronous()?;
+    }
     group.change_settings(|record| {
+        record.synchronous = change.synchronous.unwrap_or(record.synchronous);
         let set = |to: &mut u64, from: Option<u64>| *to = from.unwrap_or(*to);
         set(&mut record.checkpoint_every_s, change.checkpoint_every_s);
         set(&mut record.history_s, change.history_s);

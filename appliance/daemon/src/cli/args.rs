@@ -136,6 +136,16 @@ pub(super) enum OnIsolatedStart {
     Wait,
 }
 
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub(super) enum Sync {
+    /// A write is answered when it is durable at this node.
+    Off,
+    /// It is answered when it is durable at the peer too, and waits while the peer is away.
+    Wait,
+    /// The same; but without the peer writes go on as if this were off, with an alert.
+    Degrade,
+}
+
 #[derive(Debug, Args, Default)]
 pub(super) struct Settings {
     /// A full log: throttle or stop.
@@ -144,6 +154,10 @@ pub(super) struct Settings {
     /// At start without the peer: serve or wait.
     #[arg(long, value_name = "POLICY")]
     pub(super) on_isolated_start: Option<OnIsolatedStart>,
+    /// Whether a write is answered only when the peer holds it too, so that none is ever lost: off,
+    /// wait or degrade.
+    #[arg(long, value_name = "MODE")]
+    pub(super) sync: Option<Sync>,
     /// Time between periodic checkpoints, from 1s; 0s for none.
     #[arg(long, value_parser = parse_duration, value_name = "DURATION")]
     pub(super) checkpoint_every: Option<std::time::Duration>,

@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use super::args::{
     CheckpointCommand, Command, DiskCommand, ExportArgs, FailoverCommand, GroupCommand, Keep,
-    MachineArgs, OnFull, OnIsolatedStart, PeerCommand, Settings, TokenCommand,
+    MachineArgs, OnFull, OnIsolatedStart, PeerCommand, Settings, Sync, TokenCommand,
 };
 use super::client::{Client, segment};
 use super::{copy, integrity, render, say, say_error};
@@ -16,7 +16,7 @@ use crate::api::{
     StopRequest, TokenRequest,
 };
 use crate::error::{Failure, Result};
-use crate::fleet::{EventRecord, FullPolicy, IsolatedStart, PeerRecord};
+use crate::fleet::{EventRecord, FullPolicy, IsolatedStart, PeerRecord, Synchronous};
 use crate::group::{CheckpointStatus, GroupStatus};
 use crate::node::{GroupRequest, NewToken, NodeStatus, PeerStatus};
 use crate::recovery::{Phase, RecoveryRequest, RecoveryStatus, SignRequest};
@@ -151,6 +151,11 @@ fn change(settings: &Settings) -> GroupChange {
             OnIsolatedStart::Serve => IsolatedStart::Serve,
             OnIsolatedStart::Wait => IsolatedStart::Wait,
         }),
+        synchronous: settings.sync.map(|mode| match mode {
+            Sync::Off => Synchronous::Off,
+            Sync::Wait => Synchronous::Wait,
+            Sync::Degrade => Synchronous::Degrade,
+        }),
         log_cap_bytes: settings.log_size,
         ..GroupChange::default()
     }
@@ -173,6 +178,7 @@ async fn group(client: &Client, out: &Out, command: GroupCommand) -> Result<()> 
                 checkpoint_every_s: change.checkpoint_every_s,
                 history_s: change.history_s,
                 isolated_start: change.isolated_start,
+                synchronous: change.synchronous,
             };
             let made: GroupStatus = client.post("/v1/groups", &request).await?;
             out.show(&made, |made| {

@@ -254,6 +254,10 @@ pub(super) fn group(group: &GroupStatus) -> String {
         word(&group.full_policy),
         word(&group.isolated_start)
     ));
+    out.extend(group.synchronous.as_ref().map(|sync| {
+        let now = if sync.waits { "writes wait for the peer" } else { "writes do not wait now" };
+        format!("  synchronous ({}): {now}, since {}", word(&sync.declared), sync.since)
+    }));
     out.extend(group.log.cap.map(|cap| format!("  its log may take {}", Size(cap))));
     out.extend(group.fence_hook.as_ref().map(|hook| format!("  fence hook {}", hook.display())));
     out.push(format!(

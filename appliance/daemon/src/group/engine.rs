@@ -10,19 +10,22 @@
 //! it does this only while the disk is quick.
 //!
 //! Rules that the tests try to break:
-//! * an operation is answered only after its commit has returned;
+//! * an operation is answered only after its commit has returned, and, while answers are held, a
+//!   client's only after the peer has acknowledged it;
 //! * operations of one client are appended in the order in which they were handed over;
 //! * operations of a client that is gone are dropped if they are not appended yet, and never run
 //!   later; [`Engine::settled`] tells a newcomer when that is certain.
 
+mod gate;
 mod worker;
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use srn_core::epoch::Position;
+use srn_core::ids::Seq;
 use srn_nbd::proto::ErrorCode;
 use srn_nbd::server::{Reply, ReplyBatch};
 use srn_store::StoreError;
@@ -30,6 +33,7 @@ use srn_store::frame::Frame;
 use srn_store::group::{Appender, Change};
 use tokio::sync::{Notify, oneshot, watch};
 
+use gate::Gate;
 use worker::Worker;
 
 /// The most operations, and bytes of content, that whoever brings them commits.
@@ -153,6 +157,8 @@ struct Shared {
     commits: AtomicU64,
     commit_ended: Notify,
     watcher: Box<dyn Watcher>,
+    /// Answers that wait for the peer.
+    gate: Gate,
     /// Whoever holds it commits. Taken before the queue, never while holding it; none once the
     /// thread has ended.
     worker: Mutex<Option<Worker>>,
@@ -204,6 +210,7 @@ impl Engine {
             commits: AtomicU64::new(0),
             commit_ended: Notify::new(),
             watcher,
+            gate: Gate::default(),
             worker: Mutex::new(Some(Worker { appender, replies: ReplyBatch::new() })),
         });
         let of_thread = shared.clone();
@@ -320,6 +327,41 @@ impl Engine {
             waiting
         };
         waiting.into_iter().for_each(|op| refuse(op.done, &closed));
+        gate::refuse(self.shared.gate.give_up(), ErrorCode::ShuttingDown, why);
+    }
+
+    /// Holds clients' answers back until the peer has acknowledged their writes, or no longer.
+    pub fn hold(&self, hold: bool) {
+        if hold == self.holds() {
+            return;
+        }
+        if hold {
+            self.shared.gate.close();
+        } else {
+            gate::grant(self.shared.gate.open());
+        }
+    }
+
+    /// Whether answers are held back.
+    #[must_use]
+    pub fn holds(&self) -> bool {
+        self.shared.gate.is_closed()
+    }
+
+    /// How many answers are held back, and for how long the oldest has been.
+    #[must_use]
+    pub fn held(&self) -> (usize, Duration) {
+        self.shared.gate.held()
+    }
+
+    /// The peer holds every frame up to `seq` durably.
+    pub fn acknowledged(&self, seq: Seq) {
+        gate::grant(self.shared.gate.acknowledged(seq));
+    }
+
+    /// The peer holds less than it had acknowledged: only up to `seq`.
+    pub fn set_back_acknowledged(&self, seq: Seq) {
+        self.shared.gate.set_back(seq);
     }
 
     /// What came last was not the last: takes more, unless it is closed for another reason.

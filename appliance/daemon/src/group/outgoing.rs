@@ -175,6 +175,16 @@ impl Group {
         }
     }
 
+    /// Whether frames flow to the peer.
+    pub(super) fn streams(&self) -> bool {
+        match &*self.side() {
+            Side::Outgoing(outgoing) => {
+                matches!(lock(&outgoing.sender).phase(), Phase::Streaming(_))
+            }
+            _ => false,
+        }
+    }
+
     /// New frames are durable here.
     pub(super) fn wake_outgoing(&self, head: Seq) {
         if let Side::Outgoing(outgoing) = &*self.side() {
@@ -271,8 +281,10 @@ impl Group {
         let before = self.store.acked();
         if acked >= before {
             self.store.set_acked(acked);
-            return self.lag().acknowledged(acked);
+            self.lag().acknowledged(acked);
+            return self.engine().acknowledged(acked);
         }
+        self.engine().set_back_acknowledged(acked);
         let text = format!(
             "the peer holds frames up to {acked} and had acknowledged {before}: it was deleted or \
              set back; what is missing there is sent again"
@@ -349,6 +361,7 @@ impl Group {
         if news {
             self.store.set_acked(seq);
             self.lag().acknowledged(seq);
+            self.answer_up_to(seq);
             if self.facts().stalled.is_some() {
                 self.maintainer.wake();
             }
@@ -403,7 +416,11 @@ impl Group {
         let catalog = self.catalog();
         let (state, cause) = self.state();
         let words = cause.words();
-        let text = if words.is_empty() { state.to_string() } else { format!("{state} ({words})") };
+        let mut text =
+            if words.is_empty() { state.to_string() } else { format!("{state} ({words})") };
+        if let Some(words) = self.synchronous_words() {
+            text = format!("{text}, {words}");
+        }
         // Lost when the queue is full: the next one comes in a second.
         let _ = session.try_send(&Message::Progress(Progress {
             group: self.id,

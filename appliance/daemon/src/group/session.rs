@@ -22,6 +22,9 @@ impl Group {
     /// # Errors
     /// When the setting cannot be written.
     pub async fn set_paused(self: &Arc<Self>, paused: bool) -> Result<()> {
+        if paused {
+            self.check_pausable()?;
+        }
         self.change_settings(|record| record.paused = paused)?;
         if paused {
             if let Some(session) = self.session() {

@@ -11,6 +11,7 @@ use std::path::PathBuf;
 use std::sync::atomic::Ordering;
 
 use super::integrity::WorkStatus;
+use super::synchronous::SyncStatus;
 use super::{Group, Side};
 use crate::clock;
 use crate::fleet::{FullPolicy, IsolatedStart, Level, Source};
@@ -66,6 +67,9 @@ pub struct GroupStatus {
     pub history_s: u64,
     /// What a primary does that starts without its peer.
     pub isolated_start: IsolatedStart,
+    /// Whether answers wait for the peer; none where that was not declared.
+    #[serde(default)]
+    pub synchronous: Option<SyncStatus>,
     /// What makes sure that production is off before a forced failover, if anything does.
     pub fence_hook: Option<PathBuf>,
     /// Paused by a person.
@@ -243,6 +247,7 @@ impl Group {
 
     /// Looks whether the state has changed, and says so.
     pub fn review(&self) {
+        self.review_synchronous();
         let now = self.state();
         let name = self.name();
         let disks: BTreeMap<DiskNo, State> =
@@ -387,6 +392,7 @@ impl Group {
             checkpoint_every_s: record.checkpoint_every_s,
             history_s: record.history_s,
             isolated_start: record.isolated_start,
+            synchronous: self.synchronous_status(),
             fence_hook: record.fence_hook.clone(),
             paused: record.paused,
             work: self.integrity_work(),

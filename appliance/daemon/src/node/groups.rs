@@ -12,7 +12,7 @@ use srn_store::manifest::{Keep, Role};
 
 use super::Node;
 use crate::error::{Failure, Kind, Result};
-use crate::fleet::{FullPolicy, GroupRecord, IsolatedStart, Level};
+use crate::fleet::{FullPolicy, GroupRecord, IsolatedStart, Level, Synchronous};
 use crate::group::{Group, NewGroup};
 
 /// Log of a local cache unless said otherwise, in bytes.
@@ -44,6 +44,9 @@ pub struct GroupRequest {
     pub history_s: Option<u64>,
     /// At start without the peer.
     pub isolated_start: Option<IsolatedStart>,
+    /// Whether answers wait for the peer.
+    #[serde(default)]
+    pub synchronous: Option<Synchronous>,
 }
 
 impl Node {
@@ -162,6 +165,7 @@ impl Node {
             paused: false,
             full_policy: FullPolicy::Throttle,
             isolated_start: IsolatedStart::Serve,
+            synchronous: Synchronous::Off,
             checkpoint_every_s: CHECKPOINT_EVERY_DEFAULT_S,
             history_s: HISTORY_DEFAULT_S,
             log_cap_bytes: u64::MAX,
@@ -274,6 +278,12 @@ fn record(
              unprotected; its policy is throttle",
         ));
     }
+    let synchronous = request.synchronous.unwrap_or_default();
+    if synchronous != Synchronous::Off && peer.is_none() {
+        return Err(Failure::invalid(
+            "a group without a peer has nobody that its writes could wait for",
+        ));
+    }
     let log_cap_bytes = match (request.log_cap_bytes, keep) {
         (Some(bytes), _) => bytes,
         (None, Keep::Cache) => CACHE_CAP_DEFAULT,
@@ -286,6 +296,7 @@ fn record(
         paused: false,
         full_policy,
         isolated_start: request.isolated_start.unwrap_or(IsolatedStart::Serve),
+        synchronous,
         checkpoint_every_s: request.checkpoint_every_s.unwrap_or(CHECKPOINT_EVERY_DEFAULT_S),
         history_s: request.history_s.unwrap_or(HISTORY_DEFAULT_S),
         log_cap_bytes,

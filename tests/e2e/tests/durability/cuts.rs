@@ -25,7 +25,7 @@ const SIZE: u64 = 8 << 20;
 const LAPS: usize = 3;
 
 /// A pair of nodes with a relay between them.
-async fn pair_through_relay(
+pub(crate) async fn pair_through_relay(
     production: &mut Node,
     recovery: &mut Node,
     chance: &mut Chance,

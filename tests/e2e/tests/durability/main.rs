@@ -12,3 +12,4 @@ mod ghosts;
 mod kill;
 mod oracle;
 mod pipe;
+mod synchronous;

@@ -234,6 +234,8 @@ impl Shared {
                 }
             }
         }
+        // What is durable here and not at the peer: nobody is told that it is safe.
+        super::gate::refuse(self.gate.give_up(), ErrorCode::Io, &closed.0);
         self.commit_over(VecDeque::new());
         self.watcher.failed(error);
     }
@@ -265,7 +267,11 @@ impl Worker {
             if end <= done {
                 content += bytes as u64;
                 match answer {
-                    Done::Reply(reply) => self.replies.ok(reply),
+                    Done::Reply(reply) => {
+                        if let Some(reply) = shared.gate.pass(head.seq, reply) {
+                            self.replies.ok(reply);
+                        }
+                    }
                     Done::Task(task) => {
                         let _ = task.send(Ok(head));
                     }
