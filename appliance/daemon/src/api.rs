@@ -5,6 +5,7 @@
 
 mod exports;
 mod integrity;
+mod nbd_certs;
 mod routes;
 
 use std::path::Path;
@@ -20,6 +21,7 @@ use crate::node::Node;
 
 pub use exports::{ExportRequest, OpenExport};
 pub use integrity::{Said, VerifyRequest};
+pub use nbd_certs::{CertificateRequest, Revoked};
 pub use routes::{
     AddDisk, CheckpointRequest, GroupChange, NewCheckpoint, PairRequest, StopRequest, TokenRequest,
 };

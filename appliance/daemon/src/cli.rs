@@ -10,6 +10,7 @@ mod commands;
 mod copy;
 mod inspect;
 mod integrity;
+mod nbd_cert;
 mod render;
 
 use std::io::Write;

@@ -79,6 +79,8 @@ struct LinkFile {
 struct NbdFile {
     listen: Vec<String>,
     allow: Vec<String>,
+    tls: Option<String>,
+    names: Vec<String>,
     socket_group: Option<String>,
 }
 
@@ -135,8 +137,12 @@ pub struct Config {
     pub link_listen: SocketAddr,
     /// TCP addresses on which exports are served, besides the unix socket.
     pub nbd_listen: Vec<SocketAddr>,
-    /// Networks from which TCP clients may come.
+    /// Networks from which TCP clients may come; empty: where TLS is required all, else this machine.
     pub nbd_allow: Vec<IpNet>,
+    /// TCP clients off the loopback must show a certificate that this node has issued.
+    pub nbd_tls: bool,
+    /// Names and addresses by which clients reach this node, beside its own.
+    pub nbd_names: Vec<String>,
     /// The system group whose members may use the NBD socket.
     pub nbd_socket_group: Option<String>,
     /// The control socket.
@@ -223,14 +229,30 @@ impl Config {
             })
         };
         let nbd_allow: Vec<IpNet> = file.nbd.allow.iter().map(network).collect::<Result<_, _>>()?;
+        let nbd_tls = match file.nbd.tls.as_deref() {
+            None | Some("off") => false,
+            Some("required") => true,
+            Some(other) => {
+                let text = format!(
+                    "{other:?} is none of \"off\", \"required\"; there is nothing between: a client \
+                     that may choose can be talked out of it by whoever sits in the middle"
+                );
+                return Err(value("nbd.tls", text));
+            }
+        };
+        for name in &file.nbd.names {
+            crate::nbd_cert::check_name(name).map_err(|text| value("nbd.names", text))?;
+        }
         if let Some(open) = nbd_listen.iter().find(|addr| !addr.ip().is_loopback())
             && nbd_allow.is_empty()
+            && !nbd_tls
         {
             return Err(value(
                 "nbd.allow",
                 format!(
-                    "{open} is no loopback address: list the networks that may connect, \
-                     for example allow = [\"192.0.2.10/32\"]"
+                    "{open} is no loopback address: set tls = \"required\" and make certificates \
+                     for clients with srn nbd-cert, or list the networks that may connect, for \
+                     example allow = [\"192.0.2.10/32\"]"
                 ),
             ));
         }
@@ -240,6 +262,8 @@ impl Config {
             link_listen,
             nbd_listen,
             nbd_allow,
+            nbd_tls,
+            nbd_names: file.nbd.names,
             nbd_socket_group: file.nbd.socket_group,
             control_socket: file.control.socket.unwrap_or_else(|| run_dir.join("control.sock")),
             control_group: file.control.group,

@@ -16,6 +16,7 @@ pub mod error;
 pub mod fleet;
 pub mod group;
 pub mod logging;
+pub mod nbd_cert;
 pub mod node;
 pub mod recovery;
 pub mod source;

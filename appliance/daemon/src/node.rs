@@ -22,6 +22,7 @@ use srn_core::state::Cause;
 use srn_core::token::Token;
 use srn_link::{Endpoint, EndpointConfig, Identity, LinkError};
 use srn_nbd::server::{Limits, Listener, PayloadBudget, Server};
+use srn_nbd::tls::ServerTls;
 use tokio_util::sync::CancellationToken;
 
 use crate::clock;
@@ -29,6 +30,7 @@ use crate::context::Context;
 use crate::error::{Failure, Kind, Result};
 use crate::fleet::Level;
 use crate::group::{Group, GroupStatus};
+use crate::nbd_cert::NbdAuthority;
 use crate::recovery::Recoveries;
 use crate::source::Mirrors;
 use backend::Exports;
@@ -55,6 +57,7 @@ pub struct Node {
     making: tokio::sync::Mutex<()>,
     exports: Arc<Exports>,
     nbd: Server<Exports>,
+    nbd_authority: Arc<NbdAuthority>,
     recoveries: Recoveries,
     mirrors: Mirrors,
     stopping: CancellationToken,
@@ -136,6 +139,9 @@ impl Node {
             Endpoint::open(&config, identity.clone()).map_err(port_taken)?
         };
         let exports = Arc::new(Exports::default());
+        let mut names = vec![config.name.to_string(), host_name()];
+        names.extend(config.nbd_names.iter().cloned());
+        let nbd_authority = Arc::new(NbdAuthority::open(&config.state_dir, names)?);
         let budget = PayloadBudget::new(NBD_BUDGET);
         let limits = Limits { pool_bytes: 32 << 20, ..Limits::default() };
         let nbd = Server::new(exports.clone(), limits, budget);
@@ -149,6 +155,7 @@ impl Node {
             making: tokio::sync::Mutex::default(),
             exports,
             nbd,
+            nbd_authority,
             recoveries: Recoveries::new(&context),
             mirrors: Mirrors::default(),
             stopping: CancellationToken::new(),
@@ -223,17 +230,47 @@ impl Node {
         crate::access::restrict(&socket, config.nbd_socket_group.as_deref())?;
         self.nbd.listen(unix);
         for address in &config.nbd_listen {
-            let allowed = if config.nbd_allow.is_empty() {
-                Listener::loopback()
-            } else {
-                config.nbd_allow.clone()
+            let secure = config.nbd_tls && !address.ip().is_loopback();
+            let allowed = match config.nbd_allow.is_empty() {
+                true if secure => Listener::anywhere(),
+                true => Listener::loopback(),
+                false => config.nbd_allow.clone(),
             };
             let tcp = Listener::tcp(*address, allowed)
                 .await
                 .map_err(|error| failed(address.to_string(), error))?;
+            let tcp = if secure { tcp.requiring_tls(self.nbd_tls().await?) } else { tcp };
             self.nbd.listen(tcp);
         }
         Ok(())
+    }
+
+    async fn nbd_tls(&self) -> Result<ServerTls> {
+        let authority = self.nbd_authority.clone();
+        tokio::task::spawn_blocking(move || {
+            authority.ensure()?;
+            ServerTls::new(authority).map_err(|error| {
+                let text = format!("serving NBD with TLS: {error}; see nbd-ca.json");
+                Failure::new(Kind::Storage, text)
+            })
+        })
+        .await
+        .map_err(|error| Failure::internal(format!("making certificates: {error}")))?
+    }
+
+    /// Who issues certificates for NBD.
+    #[must_use]
+    pub const fn nbd_authority(&self) -> &Arc<NbdAuthority> {
+        &self.nbd_authority
+    }
+
+    /// Drops the connections of NBD clients whose certificate has this name. Returns how many.
+    pub fn disconnect_named(&self, name: &str) -> usize {
+        let connections = self.nbd.connections().into_iter();
+        connections
+            .filter(|status| status.client.name.as_deref() == Some(name))
+            .filter(|status| self.nbd.disconnect(status.client.connection))
+            .count()
     }
 
     /// Drops the connections that have exports of this prefix open.
@@ -360,6 +397,11 @@ impl Node {
         self.endpoint.close().await;
         let _ = std::fs::remove_file(self.nbd_socket());
     }
+}
+
+/// What this machine calls itself.
+fn host_name() -> String {
+    rustix::system::uname().nodename().to_string_lossy().into_owned()
 }
 
 /// A port that another program has is no fault of this one.

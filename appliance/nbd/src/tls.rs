@@ -1,8 +1,8 @@
 //! Certificates: whom a server admits, whom a client trusts. TLS 1.3 only, by rustls.
 //!
 //! Files are laid out as QEMU and libnbd expect them: `ca-cert.pem`, `client-cert.pem` and
-//! `client-key.pem` in one directory. Who issues certificates is not known here, nor where the list of
-//! those that were taken back is kept: [`Admission`] is asked.
+//! `client-key.pem` in one directory. How certificates are issued is not known here, nor where the list
+//! of those that were taken back is kept: the server's [`Authority`] is asked.
 //!
 //! Sessions are never resumed: a resumed session would not show its certificate again, and one that
 //! was taken back meanwhile would get in.
@@ -16,7 +16,7 @@ use rustls::crypto::CryptoProvider;
 #[cfg(feature = "client")]
 use rustls::pki_types::ServerName;
 use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+pub use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 #[cfg(feature = "client")]
 use rustls::{ClientConfig, ClientConnection, Connection};
 
@@ -207,12 +207,14 @@ mod tests {
 }
 
 #[cfg(feature = "server")]
-pub use server::{Admission, ServerTls};
+pub use server::{Authority, ServerTls};
 
 #[cfg(feature = "server")]
 mod server {
+    use std::collections::BTreeMap;
     use std::fmt;
-    use std::sync::Arc;
+    use std::net::IpAddr;
+    use std::sync::{Arc, Mutex, PoisonError};
 
     use rustls::client::danger::HandshakeSignatureValid;
     use rustls::pki_types::{CertificateDer, PrivateKeyDer, UnixTime};
@@ -225,8 +227,24 @@ mod server {
 
     use super::{TlsError, provider, roots, unusable};
 
-    /// Decides whether a certificate that was issued is still good.
-    pub trait Admission: Send + Sync + fmt::Debug + 'static {
+    /// Addresses of this machine for which a certificate is kept at hand.
+    const ADDRESSES: usize = 64;
+
+    /// Issues the server's certificates, and decides whether a client's is still good.
+    pub trait Authority: Send + Sync + fmt::Debug + 'static {
+        /// The certificate that has issued all others.
+        fn certificate(&self) -> CertificateDer<'static>;
+
+        /// A certificate, with its key, for a server at this address of this machine. Blocks no
+        /// longer than signing takes; asked once for each address.
+        ///
+        /// # Errors
+        /// [`TlsError`]: then nobody is served at that address.
+        fn server_certificate(
+            &self,
+            address: IpAddr,
+        ) -> Result<(CertificateDer<'static>, PrivateKeyDer<'static>), TlsError>;
+
         /// The name of a client by its certificate in DER; `None` turns it away. Asked when the
         /// authority's signature, the dates and the purpose of the certificate are found good, and
         /// once more before the client is served.
@@ -236,43 +254,56 @@ mod server {
     /// What a server shows and whom it admits: clients with a certificate, nobody else.
     #[derive(Debug, Clone)]
     pub struct ServerTls {
-        config: Arc<ServerConfig>,
-        admission: Arc<dyn Admission>,
+        authority: Arc<dyn Authority>,
+        verifier: Arc<Verifier>,
+        configs: Arc<Mutex<BTreeMap<IpAddr, Arc<ServerConfig>>>>,
     }
 
     impl ServerTls {
-        /// Admits clients whose certificate `authority` has issued and `admission` knows; shows them
-        /// `chain`.
+        /// Admits clients whose certificate `authority` has issued and knows.
         ///
         /// # Errors
         /// [`TlsError::Unusable`].
-        pub fn new(
-            authority: &CertificateDer<'static>,
-            chain: Vec<CertificateDer<'static>>,
-            key: PrivateKeyDer<'static>,
-            admission: Arc<dyn Admission>,
-        ) -> Result<Self, TlsError> {
-            let inner = WebPkiClientVerifier::builder_with_provider(roots(authority)?, provider())
+        pub fn new(authority: Arc<dyn Authority>) -> Result<Self, TlsError> {
+            let roots = roots(&authority.certificate())?;
+            let inner = WebPkiClientVerifier::builder_with_provider(roots, provider())
                 .build()
                 .map_err(unusable)?;
-            let verifier = Arc::new(Verifier { inner, admission: Arc::clone(&admission) });
+            let verifier = Arc::new(Verifier { inner, authority: Arc::clone(&authority) });
+            Ok(Self { authority, verifier, configs: Arc::default() })
+        }
+
+        /// For a connection that came in at this address.
+        pub(crate) fn connection(&self, address: IpAddr) -> Result<Connection, TlsError> {
+            let config = self.config(address)?;
+            ServerConnection::new(config).map(Connection::Server).map_err(unusable)
+        }
+
+        fn config(&self, address: IpAddr) -> Result<Arc<ServerConfig>, TlsError> {
+            let mut configs = self.configs.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Some(config) = configs.get(&address) {
+                return Ok(Arc::clone(config));
+            }
+            let (certificate, key) = self.authority.server_certificate(address)?;
+            let verifier = Arc::clone(&self.verifier);
             let mut config = ServerConfig::builder_with_provider(provider())
                 .with_protocol_versions(&[&rustls::version::TLS13])
                 .map_err(unusable)?
                 .with_client_cert_verifier(verifier)
-                .with_single_cert(chain, key)
+                .with_single_cert(vec![certificate], key)
                 .map_err(unusable)?;
             config.session_storage = Arc::new(NoServerSessionStorage {});
             config.send_tls13_tickets = 0;
-            Ok(Self { config: Arc::new(config), admission })
-        }
-
-        pub(crate) fn connection(&self) -> Result<Connection, Error> {
-            ServerConnection::new(Arc::clone(&self.config)).map(Connection::Server)
+            let config = Arc::new(config);
+            if configs.len() >= ADDRESSES {
+                configs.clear();
+            }
+            configs.insert(address, Arc::clone(&config));
+            Ok(config)
         }
 
         pub(crate) fn name_of(&self, certificate: &[u8]) -> Option<String> {
-            self.admission.name_of(certificate)
+            self.authority.name_of(certificate)
         }
     }
 
@@ -280,7 +311,7 @@ mod server {
     #[derive(Debug)]
     struct Verifier {
         inner: Arc<dyn ClientCertVerifier>,
-        admission: Arc<dyn Admission>,
+        authority: Arc<dyn Authority>,
     }
 
     impl ClientCertVerifier for Verifier {
@@ -295,7 +326,7 @@ mod server {
             now: UnixTime,
         ) -> Result<ClientCertVerified, Error> {
             let verified = self.inner.verify_client_cert(end_entity, intermediates, now)?;
-            match self.admission.name_of(end_entity) {
+            match self.authority.name_of(end_entity) {
                 Some(_) => Ok(verified),
                 None => Err(Error::InvalidCertificate(CertificateError::Revoked)),
             }

@@ -26,6 +26,8 @@ pub struct Node {
     address: Ipv4Addr,
     child: Option<Child>,
     extra: String,
+    /// What its configuration says of NBD, if not the usual.
+    nbd: Option<String>,
     state_dir: PathBuf,
     expected: Vec<String>,
     /// What the command that runs its daemon begins with.
@@ -108,6 +110,7 @@ impl Node {
             address,
             child: None,
             extra: String::new(),
+            nbd: None,
             state_dir,
             expected: Vec::new(),
             through: Vec::new(),
@@ -156,6 +159,11 @@ impl Node {
     pub fn configure(&mut self, toml: &str) {
         self.extra.push_str(toml);
         self.extra.push('\n');
+    }
+
+    /// Replaces what its configuration says of NBD, from the next start on.
+    pub fn configure_nbd(&mut self, toml: &str) {
+        self.nbd = Some(toml.into());
     }
 
     /// Puts these words before the command that runs its daemon, from the next start on: a program
@@ -214,9 +222,11 @@ impl Node {
         let Self { name, address, extra, .. } = self;
         let accelerator = std::env::var("SRN_DEMO_ACCELERATOR").unwrap_or_else(|_| "tcg".into());
         let (state, run) = (self.state_dir.display(), self.dir.join("run"));
+        let usual = || format!("listen = [\"{address}:10809\"]");
+        let nbd = self.nbd.clone().unwrap_or_else(usual);
         let text = format!(
             "[node]\nname = \"{name}\"\nstate_dir = \"{state}\"\nrun_dir = \"{}\"\n\
-             [link]\nlisten = \"{address}:7310\"\n[nbd]\nlisten = [\"{address}:10809\"]\n\
+             [link]\nlisten = \"{address}:7310\"\n[nbd]\n{nbd}\n\
              [recovery]\naccelerator = \"{accelerator}\"\n{extra}",
             run.display()
         );

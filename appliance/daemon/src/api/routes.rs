@@ -13,7 +13,7 @@ use srn_core::limits::{DISK_SECTORS_MAX, SECTOR, TEXT_MAX};
 use srn_core::name::Name;
 use srn_core::token::Token;
 
-use super::{exports, integrity};
+use super::{exports, integrity, nbd_certs};
 use crate::config::Size;
 use crate::error::{Failure, Result};
 use crate::fleet::{EventRecord, FullPolicy, IsolatedStart, PeerRecord, Source, Synchronous};
@@ -55,6 +55,8 @@ pub(super) fn router(node: Arc<Node>) -> Router {
         .route("/v1/recoveries/{id}", get(recovery))
         .route("/v1/recoveries/{id}/stop", post(stop_recovery))
         .route("/v1/exports", post(exports::open))
+        .route("/v1/nbd-certs", get(nbd_certs::list).post(nbd_certs::issue))
+        .route("/v1/nbd-certs/{name}", delete(nbd_certs::revoke))
         .fallback(async |uri: axum::http::Uri| {
             Failure::not_found(format!("there is no path {} in this version", uri.path()))
         })

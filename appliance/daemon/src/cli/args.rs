@@ -4,6 +4,8 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use srn_core::name::Name;
+
 use crate::config::{CONTROL_SOCKET, parse_duration, parse_size};
 
 /// Protects servers by replicating their disks to another site, and recovers them there.
@@ -76,6 +78,9 @@ pub(super) enum Command {
     /// Run servers from a point in time on this node.
     #[command(subcommand)]
     Failover(FailoverCommand),
+    /// Certificates for NBD clients that come over the network.
+    #[command(subcommand)]
+    NbdCert(NbdCertCommand),
     /// Turn a disk at a point in time into a file, or serve it read-only.
     Export(ExportArgs),
     /// Compare what the two nodes hold, block by block, while writes go on.
@@ -89,6 +94,29 @@ pub(super) enum Command {
     /// Look at a state directory while no daemon runs: list, verify, export. Changes nothing there.
     #[command(subcommand)]
     Inspect(super::inspect::InspectCommand),
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum NbdCertCommand {
+    /// Issue a certificate to a client. Its key is written to the directory and kept nowhere else.
+    New {
+        /// The client's name: of the certificate, and in the log.
+        name: Name,
+        /// The directory for ca-cert.pem, client-cert.pem and client-key.pem, as QEMU and libnbd
+        /// want it; made if it is not there.
+        #[arg(long, value_name = "DIR")]
+        out: PathBuf,
+        /// How many days it is valid.
+        #[arg(long, default_value_t = crate::nbd_cert::DAYS)]
+        days: u32,
+    },
+    /// List the certificates that were issued.
+    List,
+    /// Let nobody in with a client's certificate any more, and drop who is in with it.
+    Revoke {
+        /// The client's name.
+        name: String,
+    },
 }
 
 #[derive(Debug, Subcommand)]

@@ -10,7 +10,7 @@ use super::args::{
     MachineArgs, OnFull, OnIsolatedStart, PeerCommand, Settings, Sync, TokenCommand,
 };
 use super::client::{Client, segment};
-use super::{copy, integrity, render, say, say_error};
+use super::{copy, integrity, nbd_cert, render, say, say_error};
 use crate::api::{
     AddDisk, CheckpointRequest, ExportRequest, GroupChange, NewCheckpoint, OpenExport, PairRequest,
     StopRequest, TokenRequest,
@@ -69,6 +69,7 @@ pub(super) async fn run(client: Client, json: bool, command: Command) -> Result<
         Command::Disk(command) => disk(&client, &out, command).await,
         Command::Checkpoint(command) => checkpoint(&client, &out, command).await,
         Command::Failover(command) => failover(&client, &out, command).await,
+        Command::NbdCert(command) => nbd_cert::run(&client, &out, command).await,
         Command::Export(args) => export(&client, &out, args).await,
         Command::Verify { group, disk } => integrity::verify(&client, &out, group, disk).await,
     }

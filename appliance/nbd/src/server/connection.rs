@@ -315,7 +315,8 @@ impl<B: Backend, F: Fn(&str)> Negotiation<'_, B, F> {
     async fn start_tls(mut self) -> Result<Self, HandshakeEnd> {
         let failed = |error: &dyn std::fmt::Display| HandshakeEnd::Tls(error.to_string());
         let Some(tls) = self.tls.clone() else { return Err(failed(&"it is not configured")) };
-        let connection = tls.connection().map_err(|error| failed(&error))?;
+        let address = self.stream.local_address().ok_or(HandshakeEnd::Gone)?;
+        let connection = tls.connection(address).map_err(|error| failed(&error))?;
         self.stream = self.stream.secure(connection).await.map_err(|error| match error.kind() {
             std::io::ErrorKind::UnexpectedEof => HandshakeEnd::Gone,
             _ => failed(&error),

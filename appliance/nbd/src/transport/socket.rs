@@ -85,6 +85,17 @@ impl Stream {
         Ok(Self::Tls(stream, session))
     }
 
+    /// The address of this machine that a TCP peer came to.
+    #[cfg(feature = "server")]
+    pub(crate) fn local_address(&self) -> Option<std::net::IpAddr> {
+        match self {
+            Self::Tcp(stream) | Self::Tls(stream, _) => {
+                stream.local_addr().ok().map(|address| address.ip().to_canonical())
+            }
+            Self::Unix(_) => None,
+        }
+    }
+
     /// The certificate the peer has proven to own; none without TLS.
     pub(crate) fn peer_certificate(&self) -> Option<Vec<u8>> {
         match self {

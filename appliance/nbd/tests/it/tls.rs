@@ -1,7 +1,7 @@
 //! TLS: who gets in and who does not, with the C clients and servers at the other end.
 
 use std::collections::BTreeMap;
-use std::net::{SocketAddr, TcpListener};
+use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
@@ -9,7 +9,7 @@ use srn_nbd::client::{Client, ClientError, ConnectOptions, list_exports};
 use srn_nbd::proto::ClientHandshakeError;
 use srn_nbd::proto::constants::{option, option_reply};
 use srn_nbd::server::Listener;
-use srn_nbd::tls::{Admission, ServerTls};
+use srn_nbd::tls::{self, CertificateDer, PrivateKeyDer, ServerTls, TlsError};
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
@@ -20,13 +20,33 @@ use crate::support::{
     Fixture, Process, SIZE, blocking, option_bytes, tool, tool_fails, uri, within,
 };
 
-/// The certificates that are admitted, by name.
-#[derive(Debug, Default)]
-struct Admitted(Mutex<BTreeMap<Vec<u8>, String>>);
+/// The server's authority, and the certificates that are admitted, with their names.
+struct Admitted {
+    authority: Authority,
+    names: Mutex<BTreeMap<Vec<u8>, String>>,
+}
 
-impl Admission for Admitted {
+impl std::fmt::Debug for Admitted {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.write_str("Admitted")
+    }
+}
+
+impl tls::Authority for Admitted {
+    fn certificate(&self) -> CertificateDer<'static> {
+        self.authority.der().clone()
+    }
+
+    fn server_certificate(
+        &self,
+        address: IpAddr,
+    ) -> Result<(CertificateDer<'static>, PrivateKeyDer<'static>), TlsError> {
+        assert_eq!(address, IpAddr::from([127, 0, 0, 1]));
+        Ok(self.authority.issue("server", For::Server, false))
+    }
+
     fn name_of(&self, certificate: &[u8]) -> Option<String> {
-        self.0.lock().unwrap().get(certificate).cloned()
+        self.names.lock().unwrap().get(certificate).cloned()
     }
 }
 
@@ -35,7 +55,6 @@ struct Secure {
     fixture: Fixture,
     address: SocketAddr,
     admitted: Arc<Admitted>,
-    authority: Authority,
     directory: TempDir,
 }
 
@@ -43,18 +62,16 @@ impl Secure {
     async fn start() -> Self {
         let fixture = Fixture::start().await;
         let authority = Authority::new("ours");
-        let admitted = Arc::new(Admitted::default());
-        let (certificate, key) = authority.issue("server", For::Server, false);
-        let admission = Arc::clone(&admitted) as Arc<dyn Admission>;
-        let tls = ServerTls::new(authority.der(), vec![certificate], key, admission).unwrap();
+        let admitted = Arc::new(Admitted { authority, names: Mutex::default() });
+        let tls = ServerTls::new(Arc::clone(&admitted) as Arc<dyn tls::Authority>).unwrap();
         let local = SocketAddr::from(([127, 0, 0, 1], 0));
         let listener = Listener::tcp(local, Listener::anywhere()).await.unwrap();
         let address = listener.tcp_address().unwrap();
         fixture.server.listen(listener.requiring_tls(tls));
         let directory = tempfile::tempdir().unwrap();
-        let secure = Self { fixture, address, admitted, authority, directory };
-        let good = secure.issue("good", &secure.authority, false);
-        secure.admitted.0.lock().unwrap().insert(good, "guest one".to_owned());
+        let secure = Self { fixture, address, admitted, directory };
+        let good = secure.issue("good", &secure.admitted.authority, false);
+        secure.admitted.names.lock().unwrap().insert(good, "guest one".to_owned());
         secure
     }
 
@@ -157,10 +174,10 @@ async fn qemu_reads_and_writes_over_tls() {
 async fn nobody_gets_in_who_was_not_let_in() {
     let secure = Secure::start().await;
     let stranger = Authority::new("ours");
-    secure.issue("unknown", &secure.authority, false);
+    secure.issue("unknown", &secure.admitted.authority, false);
     secure.issue("stranger", &stranger, false);
-    let expired = secure.issue("expired", &secure.authority, true);
-    secure.admitted.0.lock().unwrap().insert(expired, "expired".to_owned());
+    let expired = secure.issue("expired", &secure.admitted.authority, true);
+    secure.admitted.names.lock().unwrap().insert(expired, "expired".to_owned());
     // Trusts us, and shows nothing.
     std::fs::create_dir(secure.certificates("none")).unwrap();
     let authority = "ca-cert.pem";
@@ -240,7 +257,7 @@ async fn our_client_over_tls_loses_nothing() {
 async fn a_certificate_can_be_taken_back() {
     let secure = Secure::start().await;
     let client = secure.client("good").await.unwrap();
-    secure.admitted.0.lock().unwrap().clear();
+    secure.admitted.names.lock().unwrap().clear();
     assert!(secure.client("good").await.is_err(), "no session is resumed past it");
     let found = secure.fixture.server.connections();
     let found = found.iter().find(|status| status.client.name.as_deref() == Some("guest one"));

@@ -59,7 +59,12 @@ async fn mistakes_in_the_file_are_named_with_their_place() {
         ("[link]\nlisten = \"everywhere\"", &["link.listen", "everywhere", "0.0.0.0:7310"]),
         ("[nbd]\nlisten = [\"127.0.0.1\"]", &["nbd.listen", "\"127.0.0.1\"", "127.0.0.1:10809"]),
         ("[nbd]\nallow = [\"10.0.0.0/99\"]", &["nbd.allow", "10.0.0.0/99", "192.0.2.10/32"]),
-        ("[nbd]\nlisten = [\"0.0.0.0:10809\"]", &["nbd.allow", "0.0.0.0:10809", "192.0.2.10/32"]),
+        (
+            "[nbd]\nlisten = [\"0.0.0.0:10809\"]",
+            &["nbd.allow", "0.0.0.0:10809", "192.0.2.10/32", "tls = \"required\"", "srn nbd-cert"],
+        ),
+        ("[nbd]\ntls = \"allowed\"", &["nbd.tls", "\"allowed\"", "required", "middle"]),
+        ("[nbd]\nnames = [\"a b\"]", &["nbd.names", "\"a b\"", "host name"]),
         ("[recovery]\ncpus = 0", &["recovery.cpus", "1 to 255"]),
         ("[recovery]\nmemory = \"much\"", &["recovery.memory", "much", "K, M, G or T"]),
         ("[recovery]\nmemory = \"1K\"", &["recovery.memory", "1K", "64 MiB"]),

@@ -7,6 +7,7 @@ mod control;
 mod disks;
 mod full;
 mod names;
+mod nbd_tls;
 mod order;
 mod peers;
 mod rogue;
