@@ -8,6 +8,8 @@
 
 mod cost;
 mod front;
+mod history;
+mod incremental;
 mod memory;
 mod peers;
 mod table;
@@ -35,7 +37,7 @@ struct Site {
     lab: Lab,
 }
 
-const USAGE: &str = "usage: bench [--pairs N] [--only front|copy|whole|lag|memory] [--records N]";
+const USAGE: &str = "usage: bench [--pairs N] [--only front|copy|whole|incremental|lag|history|memory] [--records N]";
 
 fn plan() -> Result<Plan, String> {
     let mut plan = Plan { pairs: 9, only: None, records: 50_000_000 };
@@ -81,6 +83,12 @@ async fn main() -> ExitCode {
     }
     if wanted("whole") {
         whole::measure(&site, plan.pairs, &mut table).await;
+    }
+    if wanted("incremental") {
+        incremental::measure(&site, plan.pairs, &mut table).await;
+    }
+    if wanted("history") {
+        history::measure(&site, plan.pairs, &mut table).await;
     }
     if wanted("lag") {
         front::measure_lag(&site, &mut table).await;

@@ -15,7 +15,7 @@ use super::{Site, remove, served};
 const MIB: f64 = 2048.0;
 
 /// The disk of a Debian server, 2 GiB of which some 40 % are zeros.
-async fn image(site: &Site) -> PathBuf {
+pub(crate) async fn image(site: &Site) -> PathBuf {
     let disk = site.lab.path("image.raw");
     if !disk.exists() {
         let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../server/build.sh");
@@ -27,7 +27,7 @@ async fn image(site: &Site) -> PathBuf {
     disk
 }
 
-async fn nbdcopy(from: &Path, uri: &str) {
+pub(crate) async fn nbdcopy(from: &Path, uri: &str) {
     let from = from.display().to_string();
     let _ = tool::run("nbdcopy", &["--flush", from.as_str(), uri]).await.done();
 }
@@ -40,7 +40,7 @@ async fn seconds(work: impl Future<Output = ()>) -> f64 {
 
 /// Waits until everything is durable at the peer. It asks the daemon itself: starting `srn` again
 /// and again would take a twentieth of the machine from what is measured.
-async fn in_step(node: &Node, group: &str) {
+pub(crate) async fn in_step(node: &Node, group: &str) {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     let request =
         format!("GET /v1/groups/{group} HTTP/1.1\r\nHost: srn\r\nConnection: close\r\n\r\n");
@@ -140,7 +140,7 @@ pub(crate) async fn measure(site: &Site, pairs: usize, table: &mut Table) {
 }
 
 /// What the others need at the far end: certificates, a key, a daemon.
-struct Far {
+pub(crate) struct Far {
     dir: PathBuf,
     image: PathBuf,
     ssh_port: u16,
@@ -148,7 +148,7 @@ struct Far {
 }
 
 impl Far {
-    async fn new(dir: &Path, image: &Path) -> Self {
+    pub(crate) async fn new(dir: &Path, image: &Path) -> Self {
         let dir = dir.join("far");
         std::fs::create_dir_all(&dir).expect("a directory");
         let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/bin/bench/far.sh");
@@ -215,14 +215,54 @@ impl Far {
         .await
     }
 
-    async fn rsync_ssh(&self) -> f64 {
-        let target = self.fresh_target();
-        let ssh = format!(
+    fn ssh(&self) -> String {
+        format!(
             "ssh -p {} -i {}/user -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null \
              -o LogLevel=ERROR -o IdentitiesOnly=yes",
             self.ssh_port,
             self.dir.display()
-        );
+        )
+    }
+
+    /// The far end has this already.
+    pub(crate) fn keep_target(&self, image: &Path) {
+        std::fs::copy(image, self.dir.join("target.raw")).expect("a copy");
+    }
+
+    /// Brings what the far end has up to date. Seconds, and bytes on the wire.
+    pub(crate) async fn rsync_in_place(&self) -> (f64, f64) {
+        let target = self.dir.join("target.raw");
+        let (ssh, to) = (self.ssh(), format!("127.0.0.1:{}", target.display()));
+        let image = self.image.display().to_string();
+        let arguments = [
+            "--inplace",
+            "--no-whole-file",
+            "--block-size=4096",
+            "--ignore-times",
+            "--compress",
+            "--compress-choice=zstd",
+            "--compress-level=1",
+            "--stats",
+            "--no-human-readable",
+            "-e",
+            &ssh,
+            &image,
+            &to,
+        ];
+        let began = Instant::now();
+        let said = tool::run("rsync", &arguments).await.done();
+        Self::sync(&target);
+        let seconds = began.elapsed().as_secs_f64();
+        let figure = |name: &str| -> f64 {
+            let line = said.out.lines().find_map(|line| line.strip_prefix(name));
+            line.and_then(|rest| rest.trim().parse().ok()).expect("rsync tells")
+        };
+        (seconds, figure("Total bytes sent:") + figure("Total bytes received:"))
+    }
+
+    async fn rsync_ssh(&self) -> f64 {
+        let target = self.fresh_target();
+        let ssh = self.ssh();
         let to = format!("127.0.0.1:{}", target.display());
         let image = self.image.display().to_string();
         seconds(async {
