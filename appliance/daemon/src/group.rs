@@ -1,6 +1,7 @@
 //! A protection group as this node runs it: its store, its engine, its side of the link, its
 //! sources and its exports.
 
+mod breaker;
 pub mod effort;
 pub mod engine;
 mod export;
@@ -22,7 +23,7 @@ mod watch;
 pub use export::{DiskExport, ReadOnlyExport, Slot, Slots};
 pub use handover::Kept;
 pub use incoming::FAILED_OVER;
-pub use status::{CheckpointStatus, DiskStatus, GroupStatus, LinkStatus, LogStatus};
+pub use status::{CheckpointStatus, DiskStatus, GroupStatus, LinkStatus, LogStatus, UpkeepStatus};
 pub use synchronous::SyncStatus;
 
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -125,6 +126,8 @@ struct Facts {
     /// At start without the peer: exports stay closed until it has been heard.
     waiting_for_peer: bool,
     last_checkpoint: Option<srn_core::time::Mono>,
+    /// History that is to be given up and is still there, and why it does not go.
+    upkeep: UpkeepStatus,
     /// Whether answers wait for the peer.
     synchronous: synchronous::Remembered,
     /// The node is stopping: what changes now is no news.

@@ -5,10 +5,11 @@ mod common;
 use std::path::{Path, PathBuf};
 
 use common::{Model, Write, contents, shared};
-use srn_core::ids::{EpochId, GroupId, Seq};
+use srn_core::extent::Extent;
+use srn_core::ids::{DiskNo, EpochId, GroupId, Seq};
 use srn_core::time::{Mono, Now, WallTime};
 use srn_store::StoreError;
-use srn_store::group::{Group, NewGroup, Opened, Options, Retention, Worked};
+use srn_store::group::{Change, Group, NewGroup, Opened, Options, Retention, Sums, Worked};
 use srn_store::io::Fs;
 use srn_store::manifest::{Keep, Role};
 use srn_testkit::{Chance, SimDisk};
@@ -114,6 +115,47 @@ fn a_base_that_lost_its_files_is_not_read_as_zeros() {
         disk.remove(&file).expect("removed");
         write(&disk, &file, &content);
         same(&open(&disk).expect("it is whole again"), &model);
+    }
+}
+
+/// A damaged stretch of history is not merged and not passed over; the others are.
+#[test]
+fn a_damaged_stretch_of_history_is_left_alone() {
+    let disk = SimDisk::new(SEED, 64 << 20);
+    let options = Options { layer_fan: 2, cap_bytes: 32 << 20, ..options() };
+    let (_, _) = written(&disk);
+    let opened = Group::open(&shared(&disk, SEED), options, &dir(), now(100)).expect("it opens");
+    let Opened { group, mut main, .. } = opened;
+    let before = main.head().seq;
+    let own = |number: u8| Extent::new(100 + 8 * u64::from(number), 8);
+    for number in 0..8 {
+        // The first is written again by all that follow, the second is each one's own.
+        let changes = [Extent::new(0, 8), own(number)].map(|extent| {
+            let data: bytes::Bytes = vec![0x50 + number; 4096].into();
+            let sums = Sums::of(&data);
+            Change::Write { disk: DiskNo(0), start: extent.start, data, sums }
+        });
+        main.commit(&changes, now(101)).expect("room");
+        main.close_segment();
+    }
+    let head = main.head().seq;
+    let third = files(&disk, "log").into_iter().find(|file| read(&disk, file)[12288] == 0x52);
+    disk.rot(&third.expect("the third segment"), 12288 + 5);
+    let retention = Retention { keep_from: head, points: vec![before] };
+    while group.maintain(&retention).expect("damage keeps nothing from being done")
+        == Worked::Something
+    {}
+    assert_eq!(group.debt(&retention).damaged, 2, "the pair that it is in");
+    assert!(!files(&disk, "layer").is_empty(), "the other pairs are merged");
+    let view = group.view_head().expect("a view");
+    for number in 0..8 {
+        let mut content = vec![0; 4096];
+        match view.read(DiskNo(0), own(number), &mut content) {
+            Ok(()) => assert!(number != 2 && content == [0x50 + number; 4096], "number {number}"),
+            Err(error) => {
+                assert!(number == 2 && matches!(error, StoreError::Corrupt(_)), "{error}");
+            }
+        }
     }
 }
 

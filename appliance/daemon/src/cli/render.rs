@@ -258,6 +258,10 @@ pub(super) fn group(group: &GroupStatus) -> String {
         let now = if sync.waits { "writes wait for the peer" } else { "writes do not wait now" };
         format!("  synchronous ({}): {now}, since {}", word(&sync.declared), sync.since)
     }));
+    if group.upkeep.debt_bytes > 0 {
+        out.push(format!("  history to be given up: {}", Size(group.upkeep.debt_bytes)));
+    }
+    out.extend(group.upkeep.trouble.as_ref().map(|why| format!("  it does not go: {why}")));
     out.extend(group.log.cap.map(|cap| format!("  its log may take {}", Size(cap))));
     out.extend(group.fence_hook.as_ref().map(|hook| format!("  fence hook {}", hook.display())));
     out.push(format!(

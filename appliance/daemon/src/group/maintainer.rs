@@ -1,14 +1,16 @@
 //! The thread that does a group's work behind the engine: sealing, trimming, retiring, merging.
 
 use std::sync::{Arc, Condvar, Mutex, PoisonError, Weak};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use srn_core::ids::Seq;
 use srn_store::StoreError;
 use srn_store::group::{Group as Store, Retention, Worked};
 use srn_store::manifest::{Keep, Role};
 
-use super::{Group, GroupSlot};
+use super::breaker::{Breaker, Say};
+use super::{Group, GroupSlot, UpkeepStatus};
+use crate::fleet::Level;
 
 /// Work is looked for at least this often.
 const EVERY: Duration = Duration::from_secs(2);
@@ -93,8 +95,9 @@ impl Drop for Maintainer {
 
 fn run(shared: &Shared, store: &Arc<Store>, group: &GroupSlot) {
     let mut told_full = false;
+    let mut breaker = Breaker::default();
     loop {
-        let pause = match work(shared, store, group, &mut told_full) {
+        let pause = match work(shared, store, group, &mut told_full, &mut breaker) {
             Ok(()) => EVERY,
             Err(()) => AFTER_FAILURE,
         };
@@ -118,6 +121,7 @@ fn work(
     store: &Arc<Store>,
     group: &GroupSlot,
     told_full: &mut bool,
+    breaker: &mut Breaker,
 ) -> Result<(), ()> {
     loop {
         let (retention, name) = match group.get().and_then(Weak::upgrade) {
@@ -125,6 +129,10 @@ fn work(
             // Not there yet, or not any more.
             None => return Ok(()),
         };
+        let wanted = retention;
+        // History that cannot be given up is left alone; what the log needs to go on is done.
+        let rests = breaker.rests(Instant::now());
+        let retention = if rests { Retention::from(Seq::ZERO) } else { wanted.clone() };
         match store.maintain(&retention) {
             Ok(worked) => {
                 if let Some(group) = group.get().and_then(Weak::upgrade) {
@@ -135,6 +143,10 @@ fn work(
                     group.engine().room();
                 }
                 if worked == Worked::Nothing {
+                    if !rests && let Some(say) = breaker.succeeded() {
+                        tell(group, say, Level::Info, "history is looked after again");
+                    }
+                    note(store, group, &wanted, breaker);
                     return Ok(());
                 }
             }
@@ -144,6 +156,16 @@ fn work(
                     *told_full = true;
                 }
                 return Ok(());
+            }
+            Err(StoreError::Corrupt(why)) if !rests => {
+                let (say, rest) = breaker.failed(why.clone(), Instant::now());
+                let rest = humantime::format_duration(rest);
+                let text = format!(
+                    "history cannot be given up, so it takes more and more room: {why}; tried \
+                     again in {rest}"
+                );
+                tell(group, say, Level::Alert, &text);
+                note(store, group, &wanted, breaker);
             }
             Err(error) => {
                 // On a failed volume the engine has said so, loudly.
@@ -157,6 +179,26 @@ fn work(
             return Ok(());
         }
     }
+}
+
+/// Tells people, or the log.
+fn tell(group: &GroupSlot, say: Say, level: Level, text: &str) {
+    let Some(group) = group.get().and_then(Weak::upgrade) else { return };
+    match say {
+        Say::Little => log::warn!("group {}: {text}", group.name()),
+        Say::Alert => group.context.event(level, Some(&group.name()), text),
+    }
+}
+
+/// Writes down what people are shown.
+fn note(store: &Store, group: &GroupSlot, wanted: &Retention, breaker: &Breaker) {
+    let Some(group) = group.get().and_then(Weak::upgrade) else { return };
+    let debt = store.debt(wanted);
+    group.facts().upkeep = UpkeepStatus {
+        debt_bytes: debt.bytes,
+        damaged: debt.damaged,
+        trouble: breaker.trouble().map(str::to_owned),
+    };
 }
 
 /// What has to stay recoverable now.

@@ -74,9 +74,23 @@ pub struct GroupStatus {
     pub fence_hook: Option<PathBuf>,
     /// Paused by a person.
     pub paused: bool,
+    /// How its history is looked after.
+    #[serde(default)]
+    pub upkeep: UpkeepStatus,
     /// What is being compared or scrubbed now.
     #[serde(default)]
     pub work: Option<WorkStatus>,
+}
+
+/// How the group's history is looked after.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UpkeepStatus {
+    /// What history takes that is to be given up, in bytes.
+    pub debt_bytes: u64,
+    /// Stretches of history that stay as they are because something in them is damaged.
+    pub damaged: usize,
+    /// Why it does not go, when a person is needed.
+    pub trouble: Option<String>,
 }
 
 /// A disk as people see it.
@@ -395,6 +409,7 @@ impl Group {
             synchronous: self.synchronous_status(),
             fence_hook: record.fence_hook.clone(),
             paused: record.paused,
+            upkeep: self.facts().upkeep.clone(),
             work: self.integrity_work(),
         }
     }

@@ -21,7 +21,7 @@ use std::sync::{Arc, PoisonError};
 
 use srn_core::epoch::Position;
 use srn_core::extent::Extent;
-use srn_core::ids::{EpochId, Seq};
+use srn_core::ids::{EpochId, GroupId, Seq};
 use srn_core::limits::{PAGE, SECTOR};
 use srn_core::time::LogTime;
 
@@ -204,9 +204,10 @@ impl Drop for Job {
 impl Group {
     /// Takes one step of merging pieces into layers.
     ///
+    /// A piece that is damaged is left alone from then on, until the group is opened anew.
+    ///
     /// # Errors
-    /// [`StoreError::Corrupt`] when a piece is damaged: it is left alone from then on, until the group
-    /// is opened anew. As the volume says.
+    /// As the volume says.
     pub(super) fn compact(self: &Arc<Self>, retention: &Retention) -> Result<Worked> {
         if self.keep != Keep::Replica {
             return Ok(Worked::Nothing);
@@ -225,7 +226,7 @@ impl Group {
                 Ok(Worked::Something)
             }
             Err(error) => {
-                compacting.give_up(&job.window, error)?;
+                compacting.give_up(self.id, &job.window, error)?;
                 Ok(Worked::Something)
             }
         }
@@ -271,7 +272,7 @@ impl Group {
         let (plans, bytes) = match planned {
             Ok(planned) => planned,
             Err(error) => {
-                to.give_up(&window, error)?;
+                to.give_up(self.id, &window, error)?;
                 return Ok(Worked::Something);
             }
         };
@@ -636,12 +637,19 @@ fn put_layers(manifest: &mut Manifest, window: &Window, layers: &[Finished]) -> 
 }
 
 impl Compacting {
-    /// A window cannot be merged now. Only damage is worth telling.
-    fn give_up(&mut self, window: &Window, error: StoreError) -> Result<()> {
+    /// A window cannot be merged now. Damage is no reason to leave other work undone: what is
+    /// damaged takes more room than it should, and is counted.
+    fn give_up(&mut self, group: GroupId, window: &Window, error: StoreError) -> Result<()> {
         match error {
             StoreError::Corrupt(why) => {
-                self.damaged.extend(window.pieces.iter().map(|piece| piece.ordinal));
-                Err(StoreError::Corrupt(why))
+                let pieces = window.pieces.iter();
+                log::error!(
+                    "group {group}: frames {} to {} of the history stay as they are: {why}",
+                    window.pieces.first().map_or(0, |piece| piece.first.0),
+                    window.pieces.last().map_or(0, |piece| piece.last.seq.0),
+                );
+                self.damaged.extend(pieces.map(|piece| piece.ordinal));
+                Ok(())
             }
             StoreError::Full(_) | StoreError::NotInHistory(_) => {
                 self.poor.insert(window.key());
