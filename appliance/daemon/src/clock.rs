@@ -5,6 +5,8 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use srn_core::time::{Mono, Now, WallTime};
 
+use crate::bandwidth::Moment;
+
 static START: LazyLock<Instant> = LazyLock::new(Instant::now);
 
 /// All clocks, read together.
@@ -37,6 +39,16 @@ pub fn rfc3339(time: WallTime) -> String {
         Ok(time) => format!("{time:.3}"),
         Err(_) => format!("{} us since 1970", time.0),
     }
+}
+
+/// The local time of the week, and what local time is.
+#[must_use]
+pub fn local() -> (Moment, String) {
+    let now = jiff::Zoned::now();
+    let weekday = now.weekday().to_monday_zero_offset().unsigned_abs();
+    let minute = u16::from(now.hour().unsigned_abs()) * 60 + u16::from(now.minute().unsigned_abs());
+    let zone = now.time_zone().iana_name().map_or_else(|| now.offset().to_string(), str::to_owned);
+    (Moment { weekday, minute }, zone)
 }
 
 /// Random bytes from the system.

@@ -8,6 +8,8 @@ use ipnet::IpNet;
 use serde::Deserialize;
 use srn_core::name::Name;
 
+use crate::bandwidth::{Plan, Rule, parse_rate};
+
 /// UDP port of the link unless configured otherwise.
 pub const LINK_PORT: u16 = 7310;
 
@@ -72,6 +74,17 @@ struct NodeFile {
 #[serde(deny_unknown_fields, default)]
 struct LinkFile {
     listen: Option<String>,
+    limit: Option<String>,
+    schedule: Vec<ScheduleFile>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ScheduleFile {
+    from: String,
+    to: String,
+    days: Option<String>,
+    limit: String,
 }
 
 #[derive(Debug, Deserialize, Default)]
@@ -135,6 +148,8 @@ pub struct Config {
     pub run_dir: PathBuf,
     /// Address and UDP port of the link.
     pub link_listen: SocketAddr,
+    /// What may be sent to each peer, by the time of the day.
+    pub bandwidth: Plan,
     /// TCP addresses on which exports are served, besides the unix socket.
     pub nbd_listen: Vec<SocketAddr>,
     /// Networks from which TCP clients may come; empty: where TLS is required all, else this machine.
@@ -216,6 +231,7 @@ impl Config {
             Some(text) => address("link.listen", text, "0.0.0.0:7310")?,
             None => ([0, 0, 0, 0], LINK_PORT).into(),
         };
+        let bandwidth = bandwidth(&file.link).map_err(|(key, text)| value(key, text))?;
         let nbd_listen: Vec<SocketAddr> = file
             .nbd
             .listen
@@ -260,6 +276,7 @@ impl Config {
             name: name.parse().map_err(|error| value("node.name", format!("{error}")))?,
             state_dir: file.node.state_dir.unwrap_or_else(|| "/var/lib/srn".into()),
             link_listen,
+            bandwidth,
             nbd_listen,
             nbd_allow,
             nbd_tls,
@@ -319,6 +336,18 @@ impl Config {
             },
         })
     }
+}
+
+fn bandwidth(link: &LinkFile) -> Result<Plan, (&'static str, String)> {
+    let limit = link.limit.as_deref().map_or(Ok(None), parse_rate);
+    let rule = |rule: &ScheduleFile| {
+        let ScheduleFile { from, to, days, limit } = rule;
+        Rule::parse(from, to, days.as_deref(), limit).map_err(|error| ("link.schedule", error))
+    };
+    Ok(Plan {
+        limit: limit.map_err(|error| ("link.limit", error))?,
+        rules: link.schedule.iter().map(rule).collect::<Result<_, _>>()?,
+    })
 }
 
 /// Where byte `at` of `text` is, as editors count.
@@ -414,6 +443,9 @@ mod tests {
             ("[node]\nname = \"A b\"", "node.name"),
             ("[lnk]", "lnk"),
             ("[link]\nlisten = \"x\"", "listen"),
+            ("[link]\nlimit = \"100\"", "link.limit"),
+            ("[[link.schedule]]\nfrom = \"8\"\nto = \"9:00\"\nlimit = \"none\"", "link.schedule"),
+            ("[[link.schedule]]\nfrom = \"8:00\"\nto = \"9:00\"", "limit"),
             ("[nbd]\nlisten = [\"0.0.0.0:10809\"]", "nbd.allow"),
             ("[recovery]\nmemory = \"1Q\"", "recovery.memory"),
             ("[recovery]\nmemory = \"1K\"", "64 MiB"),

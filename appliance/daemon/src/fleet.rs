@@ -59,6 +59,31 @@ pub enum Synchronous {
     Degrade,
 }
 
+/// Whose writes go first on a link that many groups share.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Priority {
+    /// Twice what a normal group gets.
+    High,
+    /// The usual.
+    #[default]
+    Normal,
+    /// Half of what a normal group gets.
+    Low,
+}
+
+impl Priority {
+    /// A group's part of a link, beside those of others.
+    #[must_use]
+    pub const fn weight(self) -> u64 {
+        match self {
+            Self::High => 4,
+            Self::Normal => 2,
+            Self::Low => 1,
+        }
+    }
+}
+
 /// A group's settings at this node.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GroupRecord {
@@ -85,6 +110,9 @@ pub struct GroupRecord {
     pub log_cap_bytes: u64,
     /// A program that is run before a forced failover and makes sure that production is off.
     pub fence_hook: Option<PathBuf>,
+    /// Its part of a link that it shares.
+    #[serde(default)]
+    pub priority: Priority,
     /// Where the disks' writes come from, at the primary.
     pub sources: Vec<SourceRecord>,
 }

@@ -15,6 +15,7 @@ mod outgoing;
 mod pump;
 mod room;
 mod session;
+mod share;
 mod status;
 mod synchronous;
 mod takeover;

@@ -7,6 +7,7 @@
 
 pub mod access;
 pub mod api;
+pub mod bandwidth;
 pub mod cli;
 pub mod clock;
 pub mod config;

@@ -3,6 +3,7 @@
 pub mod backend;
 mod groups;
 mod peers;
+mod shaping;
 mod state_dir;
 
 pub use groups::GroupRequest;
@@ -111,6 +112,8 @@ pub struct NodeInfo {
     pub state_free_bytes: Option<u64>,
     /// Tokens that could pair a node now.
     pub tokens_outstanding: usize,
+    /// What may be sent to each peer at this time of the day, where that is ever limited.
+    pub bandwidth: Option<crate::bandwidth::BandwidthStatus>,
 }
 
 /// A new token, shown once.
@@ -323,6 +326,7 @@ impl Node {
                     _ = ticks.tick() => {}
                     () = self.stopping.cancelled() => return,
                 }
+                self.shape_links();
                 for group in self.groups() {
                     group.tick().await;
                 }
@@ -359,6 +363,7 @@ impl Node {
                 started_at: clock::rfc3339(self.started_at),
                 state_free_bytes: free,
                 tokens_outstanding: tokens,
+                bandwidth: self.bandwidth(),
             },
             peers,
             groups,

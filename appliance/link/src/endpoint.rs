@@ -31,7 +31,7 @@ const STREAM_WINDOW: u32 = 8 << 20;
 const CONNECTION_WINDOW: u32 = 24 << 20;
 
 /// Data handed to quinn and not acknowledged, in bytes.
-const SEND_WINDOW: u64 = 12 << 20;
+pub(crate) const SEND_WINDOW: u64 = 12 << 20;
 
 /// Largest packet that is taken, and that path discovery tries: ten of them fill one 64 KiB
 /// segmentation offload, which is the most that quinn hands to the kernel at once. Larger ones

@@ -16,9 +16,11 @@ pub mod error;
 pub mod identity;
 pub mod pairing;
 pub mod session;
+mod shaping;
 mod tls;
 
 pub use endpoint::{Accepted, Endpoint, EndpointConfig};
 pub use error::LinkError;
 pub use identity::Identity;
 pub use session::{FrameReader, FrameWriter, InFrame, Path, Session, SessionEvent};
+pub use shaping::Traffic;

@@ -13,9 +13,11 @@ use tokio::sync::mpsc;
 
 use crate::congestion::RateController;
 use crate::endpoint::{
-    CLOSE_DONE, CLOSE_MISBEHAVED, CLOSE_REPLACED, CLOSE_VERSION, Connection, HANDSHAKE, refine,
+    CLOSE_DONE, CLOSE_MISBEHAVED, CLOSE_REPLACED, CLOSE_VERSION, Connection, HANDSHAKE,
+    SEND_WINDOW, refine,
 };
 use crate::error::LinkError;
+use crate::shaping::{self, Lane, Shaper, Traffic};
 
 /// Control messages waiting to be sent. They are small, and whoever sends waits at the cap.
 const OUTGOING_MAX: usize = 256;
@@ -26,8 +28,10 @@ const EVENTS_MAX: usize = 64;
 /// Code of a frame stream that ends without having been finished.
 const STREAM_GIVEN_UP: quinn::VarInt = quinn::VarInt::from_u32(1);
 
-/// Priority of the control stream over frame streams.
+/// Priority of the control stream over frame streams, and of live ones over bulk.
 const CONTROL_PRIORITY: i32 = 10;
+const LIVE_PRIORITY: i32 = 1;
+const BULK_PRIORITY: i32 = 0;
 
 /// Time that the last control messages have to leave before a session is closed.
 const DRAIN: Duration = Duration::from_millis(500);
@@ -74,6 +78,7 @@ struct Inner {
     connection: Connection,
     hello: Hello,
     outgoing: mpsc::Sender<Vec<u8>>,
+    shaper: Arc<Shaper>,
     number: u64,
 }
 
@@ -120,7 +125,8 @@ impl Session {
         let (outgoing, queue) = mpsc::channel(OUTGOING_MAX);
         let (events, taken) = mpsc::channel(EVENTS_MAX);
         let number = NEXT_NUMBER.fetch_add(1, Ordering::Relaxed);
-        let inner = Inner { connection, hello: theirs, outgoing, number };
+        let shaper = Shaper::new();
+        let inner = Inner { connection, hello: theirs, outgoing, shaper, number };
         let session = Self { inner: Arc::new(inner) };
         tokio::spawn(write_control(send, queue));
         tokio::spawn(session.clone().run(receive, events));
@@ -155,6 +161,17 @@ impl Session {
     #[must_use]
     pub fn dialled(&self) -> bool {
         self.inner.connection.dialled
+    }
+
+    /// From now on no more frames than this are sent, in bytes per second with all headers.
+    pub fn set_limit(&self, limit: Option<u64>) {
+        self.inner.shaper.set_limit(limit);
+    }
+
+    /// The most that is sent, in bytes per second.
+    #[must_use]
+    pub fn limit(&self) -> Option<u64> {
+        self.inner.shaper.limit()
     }
 
     /// What is known of the way to the peer.
@@ -202,7 +219,9 @@ impl Session {
         let quic = &self.inner.connection.quic;
         let mut send = quic.open_uni().await.map_err(|error| refine(addr, &error))?;
         send.write_all(&header.encode()).await.map_err(|error| LinkError::gone(&addr, &error))?;
-        Ok(FrameWriter { send, addr, finished: false })
+        let _ = send.set_priority(LIVE_PRIORITY);
+        let lane = self.inner.shaper.lane();
+        Ok(FrameWriter { send, quic: quic.clone(), lane, addr, finished: false })
     }
 
     /// Ends the session on purpose, after what is queued has been sent.
@@ -354,6 +373,8 @@ async fn read_message(
 #[derive(Debug)]
 pub struct FrameWriter {
     send: quinn::SendStream,
+    quic: quinn::Connection,
+    lane: Lane,
     addr: SocketAddr,
     finished: bool,
 }
@@ -368,17 +389,62 @@ impl Drop for FrameWriter {
 }
 
 impl FrameWriter {
+    /// What is sent from now on, and the stream's part of the line beside others of its kind.
+    pub fn set_share(&mut self, traffic: Traffic, weight: u64) {
+        if traffic != self.lane.traffic() {
+            let priority = match traffic {
+                Traffic::Live => LIVE_PRIORITY,
+                Traffic::Bulk => BULK_PRIORITY,
+            };
+            let _ = self.send.set_priority(priority);
+        }
+        self.lane.set(traffic, weight);
+    }
+
     /// Hands a frame's bytes to the stream, without copying them: the envelope's fixed part, head
-    /// and encoding table, content. Waits while too much is on its way.
+    /// and encoding table, content. Waits for the stream's turns, and while too much is on its way.
     ///
     /// # Errors
     /// [`LinkError::Unreachable`] when the stream or the session is over.
     pub async fn write(&mut self, parts: &mut [Bytes]) -> Result<(), LinkError> {
-        let written = self.send.write_all_chunks(parts).await;
-        written.map_err(|error| match error {
-            quinn::WriteError::ConnectionLost(error) => refine(self.addr, &error),
-            other => LinkError::gone(&self.addr, &other),
-        })
+        self.look();
+        let mut rest = parts.iter().map(Bytes::len).sum::<usize>();
+        let mut from = 0;
+        while rest > 0 {
+            let mut slice = Vec::with_capacity(4);
+            let mut wanted = self.lane.slice().min(rest);
+            let turn = self.lane.turn(wanted).await;
+            rest -= wanted;
+            while wanted > 0
+                && let Some(part) = parts.get_mut(from)
+            {
+                let taken = part.split_to(wanted.min(part.len()));
+                from += usize::from(part.is_empty());
+                wanted -= taken.len();
+                slice.push(taken);
+            }
+            let written = self.send.write_all_chunks(&mut slice).await;
+            drop(turn);
+            written.map_err(|error| match error {
+                quinn::WriteError::ConnectionLost(error) => refine(self.addr, &error),
+                other => LinkError::gone(&self.addr, &other),
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Keeps the connection's buffers as short as the line allows.
+    fn look(&self) {
+        if !self.lane.looks() {
+            return;
+        }
+        let controller = self.quic.congestion_state();
+        let window = controller.window();
+        let Ok(controller) = controller.into_any().downcast::<RateController>() else { return };
+        let rate = controller.path_rate();
+        self.lane.set_line((rate > 0).then_some(rate));
+        let most = shaping::buffered(window, self.quic.rtt(), rate, SEND_WINDOW);
+        self.quic.set_send_window(most);
     }
 
     /// Ends the stream.

@@ -16,7 +16,7 @@ use srn_core::token::Token;
 use super::{exports, integrity, nbd_certs};
 use crate::config::Size;
 use crate::error::{Failure, Result};
-use crate::fleet::{EventRecord, FullPolicy, IsolatedStart, PeerRecord, Source, Synchronous};
+use crate::fleet::{EventRecord, FullPolicy, IsolatedStart, PeerRecord, Priority, Source, Synchronous};
 use crate::group::{CheckpointStatus, GroupStatus};
 use crate::node::{GroupRequest, NewToken, Node, NodeStatus, PeerStatus};
 use crate::recovery::{RecoveryRequest, RecoveryStatus};
@@ -163,6 +163,8 @@ pub struct GroupChange {
     pub log_cap_bytes: Option<u64>,
     /// A program that makes sure that production is off; empty for none.
     pub fence_hook: Option<PathBuf>,
+    /// Its part of a link that it shares.
+    pub priority: Option<Priority>,
     /// A person has made sure that the peer, to which the group was handed over, has not taken over.
     #[serde(default)]
     pub not_taken_over: bool,
@@ -195,6 +197,7 @@ async fn change_group(
         set(&mut record.history_s, change.history_s);
         set(&mut record.log_cap_bytes, change.log_cap_bytes);
         record.full_policy = change.full_policy.unwrap_or(record.full_policy);
+        record.priority = change.priority.unwrap_or(record.priority);
         record.isolated_start = change.isolated_start.unwrap_or(record.isolated_start);
         if let Some(hook) = change.fence_hook {
             record.fence_hook = (!hook.as_os_str().is_empty()).then_some(hook);

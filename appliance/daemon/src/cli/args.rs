@@ -174,6 +174,16 @@ pub(super) enum Sync {
     Degrade,
 }
 
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub(super) enum LinkPriority {
+    /// Twice what a normal group gets.
+    High,
+    /// The usual.
+    Normal,
+    /// Half of what a normal group gets.
+    Low,
+}
+
 #[derive(Debug, Args, Default)]
 pub(super) struct Settings {
     /// A full log: throttle or stop.
@@ -195,6 +205,9 @@ pub(super) struct Settings {
     /// The most that the log may take, for example 10G.
     #[arg(long, value_parser = parse_size, value_name = "SIZE")]
     pub(super) log_size: Option<u64>,
+    /// Its part of a link that it shares with other groups: high is twice normal, low half of it.
+    #[arg(long, value_name = "PRIORITY")]
+    pub(super) priority: Option<LinkPriority>,
 }
 
 #[derive(Debug, Subcommand)]

@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use super::args::{
     CheckpointCommand, Command, DiskCommand, ExportArgs, FailoverCommand, GroupCommand, Keep,
-    MachineArgs, OnFull, OnIsolatedStart, PeerCommand, Settings, Sync, TokenCommand,
+    LinkPriority, MachineArgs, OnFull, OnIsolatedStart, PeerCommand, Settings, Sync, TokenCommand,
 };
 use super::client::{Client, segment};
 use super::{copy, integrity, nbd_cert, render, say, say_error};
@@ -16,7 +16,7 @@ use crate::api::{
     StopRequest, TokenRequest,
 };
 use crate::error::{Failure, Result};
-use crate::fleet::{EventRecord, FullPolicy, IsolatedStart, PeerRecord, Synchronous};
+use crate::fleet::{EventRecord, FullPolicy, IsolatedStart, PeerRecord, Priority, Synchronous};
 use crate::group::{CheckpointStatus, GroupStatus};
 use crate::node::{GroupRequest, NewToken, NodeStatus, PeerStatus};
 use crate::recovery::{Phase, RecoveryRequest, RecoveryStatus, SignRequest};
@@ -158,6 +158,11 @@ fn change(settings: &Settings) -> GroupChange {
             Sync::Degrade => Synchronous::Degrade,
         }),
         log_cap_bytes: settings.log_size,
+        priority: settings.priority.map(|priority| match priority {
+            LinkPriority::High => Priority::High,
+            LinkPriority::Normal => Priority::Normal,
+            LinkPriority::Low => Priority::Low,
+        }),
         ..GroupChange::default()
     }
 }
@@ -180,6 +185,7 @@ async fn group(client: &Client, out: &Out, command: GroupCommand) -> Result<()> 
                 history_s: change.history_s,
                 isolated_start: change.isolated_start,
                 synchronous: change.synchronous,
+                priority: change.priority,
             };
             let made: GroupStatus = client.post("/v1/groups", &request).await?;
             out.show(&made, |made| {

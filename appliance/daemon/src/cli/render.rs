@@ -2,9 +2,10 @@
 
 use serde::Serialize;
 
+use crate::bandwidth::Rate;
 use crate::clock;
 use crate::config::Size;
-use crate::fleet::{EventRecord, Level};
+use crate::fleet::{EventRecord, Level, Priority};
 use crate::group::{CheckpointStatus, DiskStatus, GroupStatus};
 use crate::node::{NodeStatus, PeerStatus};
 use crate::recovery::{Phase, RecoveryStatus};
@@ -45,6 +46,7 @@ pub(super) fn status(status: &NodeStatus) -> String {
         node.link,
         free.unwrap_or_default()
     ));
+    out.extend(node.bandwidth.as_ref().map(|bandwidth| format!("link {bandwidth}")));
     for peer in &status.peers {
         out.push(format!("peer {}", peer_line(peer)));
     }
@@ -78,8 +80,20 @@ fn verdict(status: &NodeStatus) -> String {
 fn peer_line(peer: &PeerStatus) -> String {
     match (&peer.remote, &peer.trouble) {
         (Some(remote), _) => {
-            let rtt = peer.rtt_ms.map(|rtt| format!(", round trip {rtt:.1} ms"));
-            format!("{} connected at {remote}{}", peer.name, rtt.unwrap_or_default())
+            let mut text = format!("{} connected at {remote}", peer.name);
+            if let Some(rtt) = peer.rtt_ms {
+                text.push_str(&format!(", round trip {rtt:.1} ms"));
+            }
+            if let Some(loss) = peer.loss_percent.filter(|loss| *loss >= 0.05) {
+                text.push_str(&format!(", loss {loss:.1} %"));
+            }
+            if let Some(rate) = peer.rate {
+                text.push_str(&format!(", takes {}", Rate(rate)));
+            }
+            if let Some(bytes) = peer.packet_bytes {
+                text.push_str(&format!(" in packets of {bytes}"));
+            }
+            text
         }
         (None, Some(trouble)) => format!("{} NOT CONNECTED: {trouble}", peer.name),
         (None, None) => format!("{} NOT CONNECTED", peer.name),
@@ -262,6 +276,9 @@ pub(super) fn group(group: &GroupStatus) -> String {
         out.push(format!("  history to be given up: {}", Size(group.upkeep.debt_bytes)));
     }
     out.extend(group.upkeep.trouble.as_ref().map(|why| format!("  it does not go: {why}")));
+    if group.priority != Priority::Normal {
+        out.push(format!("  priority on the link: {}", word(&group.priority)));
+    }
     out.extend(group.log.cap.map(|cap| format!("  its log may take {}", Size(cap))));
     out.extend(group.fence_hook.as_ref().map(|hook| format!("  fence hook {}", hook.display())));
     out.push(format!(

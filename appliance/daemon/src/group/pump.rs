@@ -184,6 +184,8 @@ impl Pump {
         parts.extend(frame.content().iter().cloned());
         let wire = envelope.wire_len() as u64;
         let seq = frame.header().seq;
+        let (traffic, weight) = self.group.share();
+        writer.set_share(traffic, weight);
         // Before it leaves: its acknowledgement may be here before the write returns.
         lock(&self.sender).on_sent(seq, wire);
         writer.write(&mut parts).await?;

@@ -14,7 +14,7 @@ use super::integrity::WorkStatus;
 use super::synchronous::SyncStatus;
 use super::{Group, Side};
 use crate::clock;
-use crate::fleet::{FullPolicy, IsolatedStart, Level, Source};
+use crate::fleet::{FullPolicy, IsolatedStart, Level, Priority, Source};
 
 /// A group as people see it.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -70,6 +70,9 @@ pub struct GroupStatus {
     /// Whether answers wait for the peer; none where that was not declared.
     #[serde(default)]
     pub synchronous: Option<SyncStatus>,
+    /// Its part of a link that it shares with other groups.
+    #[serde(default)]
+    pub priority: Priority,
     /// What makes sure that production is off before a forced failover, if anything does.
     pub fence_hook: Option<PathBuf>,
     /// Paused by a person.
@@ -407,6 +410,7 @@ impl Group {
             history_s: record.history_s,
             isolated_start: record.isolated_start,
             synchronous: self.synchronous_status(),
+            priority: record.priority,
             fence_hook: record.fence_hook.clone(),
             paused: record.paused,
             upkeep: self.facts().upkeep.clone(),

@@ -12,7 +12,7 @@ use srn_store::manifest::{Keep, Role};
 
 use super::Node;
 use crate::error::{Failure, Kind, Result};
-use crate::fleet::{FullPolicy, GroupRecord, IsolatedStart, Level, Synchronous};
+use crate::fleet::{FullPolicy, GroupRecord, IsolatedStart, Level, Priority, Synchronous};
 use crate::group::{Group, NewGroup};
 
 /// Log of a local cache unless said otherwise, in bytes.
@@ -47,6 +47,9 @@ pub struct GroupRequest {
     /// Whether answers wait for the peer.
     #[serde(default)]
     pub synchronous: Option<Synchronous>,
+    /// Its part of a link that it shares.
+    #[serde(default)]
+    pub priority: Option<Priority>,
 }
 
 impl Node {
@@ -170,6 +173,7 @@ impl Node {
             history_s: HISTORY_DEFAULT_S,
             log_cap_bytes: u64::MAX,
             fence_hook: None,
+            priority: Priority::default(),
             sources: Vec::new(),
         };
         let first = offer
@@ -301,6 +305,7 @@ fn record(
         history_s: request.history_s.unwrap_or(HISTORY_DEFAULT_S),
         log_cap_bytes,
         fence_hook: None,
+        priority: request.priority.unwrap_or_default(),
         sources: Vec::new(),
     })
 }

@@ -77,6 +77,8 @@ pub struct PeerStatus {
     pub rate: Option<u64>,
     /// What was lost over the last round trips of what this node sent, in percent.
     pub loss_percent: Option<f64>,
+    /// The most that this node sends to it now, in bytes per second; no limit when none.
+    pub limit: Option<u64>,
     /// Bytes of UDP sent in this session.
     pub udp_sent: Option<u64>,
     /// Bytes of UDP received in this session.
@@ -366,6 +368,7 @@ impl Node {
         }
         let hello = session.hello();
         log::info!("connected with {} ({})", hello.name, session.remote_address());
+        self.shape_links();
         self.warn_of_clock(&session);
         for group in self.groups() {
             if group.peer() == Some(id) {
@@ -552,6 +555,10 @@ impl Node {
         self.peers.lock().get(&id).and_then(|known| known.session.clone())
     }
 
+    pub(super) fn sessions(&self) -> Vec<Session> {
+        self.peers.lock().values().filter_map(|known| known.session.clone()).collect()
+    }
+
     /// Forgets a peer: from here on it is a stranger.
     ///
     /// # Errors
@@ -618,6 +625,7 @@ impl Known {
             packet_bytes: path.map(|path| path.packet_bytes),
             rate: path.and_then(|path| path.rate),
             loss_percent: path.map(|path| path.loss_ppm as f64 / 1e4),
+            limit: session.and_then(Session::limit),
             udp_sent: path.map(|path| path.sent),
             udp_received: path.map(|path| path.received),
             trouble: if session.is_some() { None } else { self.trouble.clone() },

@@ -3,7 +3,7 @@
 //! quinn's Cubic takes every lost packet for a full queue and comes down to a hundredth of a line
 //! that loses one of a hundred; its BBR wastes a quarter of the packets when given room.
 
-mod delivery;
+pub(crate) mod delivery;
 mod rate;
 #[cfg(test)]
 mod simulation;
