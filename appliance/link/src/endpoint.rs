@@ -10,6 +10,7 @@ use rustls::pki_types::CertificateDer;
 use srn_core::ids::NodeId;
 
 use crate::congestion::RateBased;
+use crate::diagnose::{self, Reach};
 use crate::error::LinkError;
 use crate::identity::{Identity, node_id_of};
 use crate::tls::{self, ALPN_DATA, ALPN_PAIR, Expect};
@@ -47,6 +48,9 @@ const INITIAL_WINDOW: u64 = 10 * MTU_MAX as u64;
 /// Kernel buffers of the socket, in bytes. Beyond the system's limit with the privilege for that:
 /// the usual 208 KiB are full before a reader has woken up, and what does not fit is lost.
 const SOCKET_BUFFER: usize = 4 << 20;
+
+/// A handshake that takes longer than this makes us ask what answers at the address at all.
+const ASK_AFTER: Duration = Duration::from_secs(2);
 
 /// Handshakes that may be under way at once, from peers that are not known yet.
 const HANDSHAKES_MAX: usize = 64;
@@ -234,10 +238,31 @@ impl Endpoint {
             .endpoint
             .connect_with(config, addr, "srn")
             .map_err(|error| LinkError::Address(format!("cannot dial {addr}: {error}")))?;
-        match tokio::time::timeout(HANDSHAKE, connecting).await {
-            Ok(Ok(connection)) => Ok(connection),
-            Ok(Err(error)) => Err(refine(addr, &error)),
-            Err(_) => Err(LinkError::gone(&addr, &"the handshake took too long")),
+        let shaking = tokio::time::timeout(HANDSHAKE, connecting);
+        let asking = async {
+            tokio::time::sleep(ASK_AFTER).await;
+            diagnose::probe(addr).await
+        };
+        tokio::pin!(shaking, asking);
+        let mut found = None;
+        loop {
+            tokio::select! {
+                result = &mut shaking => return match (result, found) {
+                    (Ok(Ok(connection)), _) => Ok(connection),
+                    (Ok(Err(quinn::ConnectionError::TimedOut)) | Err(_), Some(reach)) => {
+                        Err(unreachable(addr, &reach))
+                    }
+                    (Ok(Err(error)), _) => Err(refine(addr, &error)),
+                    (Err(_), None) => Err(LinkError::gone(&addr, &"the handshake took too long")),
+                },
+                reach = &mut asking, if found.is_none() => {
+                    // What the system says of the way will not change while we wait.
+                    if matches!(reach, Reach::Refused | Reach::NoRoute(_)) {
+                        return Err(unreachable(addr, &reach));
+                    }
+                    found = Some(reach);
+                }
+            }
         }
     }
 
@@ -246,6 +271,10 @@ impl Endpoint {
         self.endpoint.close(CLOSE_DONE, b"closing");
         let _ = tokio::time::timeout(Duration::from_secs(1), self.endpoint.wait_idle()).await;
     }
+}
+
+fn unreachable(addr: SocketAddr, reach: &Reach) -> LinkError {
+    LinkError::gone(&format!("UDP {addr}"), &reach.words(addr))
 }
 
 /// Completes a handshake that came in.

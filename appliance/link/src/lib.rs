@@ -10,6 +10,7 @@
 //! `srn-core` with them.
 
 pub mod congestion;
+pub mod diagnose;
 pub mod dial;
 pub mod endpoint;
 pub mod error;

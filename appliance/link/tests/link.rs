@@ -14,6 +14,7 @@ use srn_core::pairing::{Refusal, TRIES_MAX, TokenBook};
 use srn_core::time::{Mono, WallTime};
 use srn_core::token::Token;
 use srn_core::wire::{Hello, Message, StreamHeader};
+use srn_link::diagnose::{Reach, probe};
 use srn_link::pairing::{Paired, initiate, respond};
 use srn_link::{
     Accepted, Endpoint, EndpointConfig, Identity, LinkError, Session, SessionEvent, endpoint,
@@ -195,7 +196,18 @@ async fn nobody_there_is_said_in_words() {
     let addr = silent.local_addr().unwrap();
     let result = a.endpoint.dial(addr, NodeId([1; 32])).await;
     let text = result.unwrap_err().to_string();
-    assert!(text.contains(&addr.to_string()), "{text}");
+    assert!(text.contains(&addr.to_string()) && text.contains("firewall"), "{text}");
+    // Nobody there at all is heard from the system, and sooner.
+    drop(silent);
+    let result = a.endpoint.dial(addr, NodeId([1; 32])).await;
+    let text = result.unwrap_err().to_string();
+    assert!(text.contains("nothing listens"), "{text}");
+}
+
+#[tokio::test]
+async fn a_node_answers_whoever_asks_what_there_is() {
+    let a = node("a");
+    assert_eq!(probe(a.addr).await, Reach::Answers);
 }
 
 #[tokio::test(flavor = "multi_thread")]

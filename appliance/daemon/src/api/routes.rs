@@ -16,7 +16,9 @@ use srn_core::token::Token;
 use super::{exports, integrity, nbd_certs};
 use crate::config::Size;
 use crate::error::{Failure, Result};
-use crate::fleet::{EventRecord, FullPolicy, IsolatedStart, PeerRecord, Priority, Source, Synchronous};
+use crate::fleet::{
+    EventRecord, FullPolicy, IsolatedStart, PeerRecord, Priority, Source, Synchronous,
+};
 use crate::group::{CheckpointStatus, GroupStatus};
 use crate::node::{GroupRequest, NewToken, Node, NodeStatus, PeerStatus};
 use crate::recovery::{RecoveryRequest, RecoveryStatus};

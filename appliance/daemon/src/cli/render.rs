@@ -78,26 +78,33 @@ fn verdict(status: &NodeStatus) -> String {
 }
 
 fn peer_line(peer: &PeerStatus) -> String {
-    match (&peer.remote, &peer.trouble) {
-        (Some(remote), _) => {
-            let mut text = format!("{} connected at {remote}", peer.name);
-            if let Some(rtt) = peer.rtt_ms {
-                text.push_str(&format!(", round trip {rtt:.1} ms"));
-            }
-            if let Some(loss) = peer.loss_percent.filter(|loss| *loss >= 0.05) {
-                text.push_str(&format!(", loss {loss:.1} %"));
-            }
-            if let Some(rate) = peer.rate {
-                text.push_str(&format!(", takes {}", Rate(rate)));
-            }
-            if let Some(bytes) = peer.packet_bytes {
-                text.push_str(&format!(" in packets of {bytes}"));
-            }
-            text
-        }
-        (None, Some(trouble)) => format!("{} NOT CONNECTED: {trouble}", peer.name),
-        (None, None) => format!("{} NOT CONNECTED", peer.name),
+    let hint = peer.hint.as_ref().map(|hint| format!("\n  {hint}"));
+    format!("{} {}{}", peer.name, peer_state(peer), hint.unwrap_or_default())
+}
+
+/// How the way to a peer stands.
+fn peer_state(peer: &PeerStatus) -> String {
+    let Some(remote) = &peer.remote else {
+        let trouble = peer.trouble.as_ref().map(|trouble| format!(": {trouble}"));
+        return format!("NOT CONNECTED{}", trouble.unwrap_or_default());
+    };
+    let mut text = format!("connected at {remote}");
+    if let Some(rtt) = peer.rtt_ms {
+        text.push_str(&format!(", round trip {rtt:.1} ms"));
     }
+    if let Some(loss) = peer.loss_percent.filter(|loss| *loss >= 0.05) {
+        text.push_str(&format!(", loss {loss:.1} %"));
+    }
+    if let Some(rate) = peer.rate {
+        text.push_str(&format!(", takes {}", Rate(rate)));
+    }
+    if let Some(bytes) = peer.packet_bytes {
+        text.push_str(&format!(", packets of {bytes}"));
+    }
+    if let Some(limit) = peer.limit {
+        text.push_str(&format!(", limited to {}", Rate(limit)));
+    }
+    text
 }
 
 /// What would be lost now, in words.
@@ -201,20 +208,21 @@ pub(super) fn peers(peers: &[PeerStatus]) -> String {
     let rows: Vec<Vec<String>> = peers
         .iter()
         .map(|peer| {
-            let state = match (&peer.remote, &peer.trouble) {
-                (Some(remote), _) => format!("connected at {remote}"),
-                (None, Some(trouble)) => trouble.clone(),
-                (None, None) => "not connected".into(),
-            };
             vec![
                 peer.name.clone(),
                 peer.id.chars().take(16).collect(),
                 peer.address.clone().unwrap_or_else(|| "(dials us)".into()),
-                state,
+                peer_state(peer),
             ]
         })
         .collect();
-    table(&["NAME", "KEY", "ADDRESS", "STATE"], &rows)
+    let mut text = table(&["NAME", "KEY", "ADDRESS", "STATE"], &rows);
+    for peer in peers {
+        if let Some(hint) = &peer.hint {
+            text.push_str(&format!("\n{}: {hint}", peer.name));
+        }
+    }
+    text
 }
 
 pub(super) fn groups(groups: &[GroupStatus]) -> String {

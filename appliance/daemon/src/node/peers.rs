@@ -12,7 +12,7 @@ use srn_core::token::Token;
 use srn_core::wire::{Hello, Message, Offer, RefuseCode};
 use srn_link::dial::Backoff;
 use srn_link::pairing::{Paired, initiate, respond};
-use srn_link::{Accepted, LinkError, Session, SessionEvent};
+use srn_link::{Accepted, LinkError, Path, Session, SessionEvent};
 use tokio::sync::mpsc;
 
 use super::Node;
@@ -29,6 +29,12 @@ const REDIAL: Duration = Duration::from_millis(500);
 
 /// Groups of which it is remembered that their offer was refused.
 const REFUSED_MAX: usize = 1024;
+
+/// After this time in microseconds it is known how large packets can be.
+const SETTLED_US: i64 = 30_000_000;
+
+/// What paths through usual tunnels take, in bytes of UDP payload.
+const USUAL_PACKET: u16 = 1350;
 
 /// A clock that differs by more than this is worth a warning, in microseconds.
 const CLOCK_DIFFERENCE_US: u64 = 5_000_000;
@@ -79,6 +85,8 @@ pub struct PeerStatus {
     pub loss_percent: Option<f64>,
     /// The most that this node sends to it now, in bytes per second; no limit when none.
     pub limit: Option<u64>,
+    /// What is odd about the path, and the way out.
+    pub hint: Option<String>,
     /// Bytes of UDP sent in this session.
     pub udp_sent: Option<u64>,
     /// Bytes of UDP received in this session.
@@ -609,6 +617,25 @@ impl Node {
     }
 }
 
+/// What is odd about a path, when it has been looked at for long enough.
+fn hint(path: &Path, since: Option<srn_core::time::WallTime>) -> Option<String> {
+    if path.black_holes > 0 {
+        return Some(format!(
+            "larger packets than {} bytes vanish on the way without a word, some of them after they \
+             had passed: look at the MTU of tunnels there",
+            path.packet_bytes
+        ));
+    }
+    let age = since.map_or(0, |since| clock::wall().0.saturating_sub(since.0));
+    (age > SETTLED_US && path.packet_bytes < USUAL_PACKET).then(|| {
+        format!(
+            "the path takes packets of {} bytes only, less than usual: it works, and costs speed; \
+             look at the MTU of tunnels there",
+            path.packet_bytes
+        )
+    })
+}
+
 impl Known {
     fn status(&self) -> PeerStatus {
         let session = self.session.as_ref();
@@ -626,6 +653,7 @@ impl Known {
             rate: path.and_then(|path| path.rate),
             loss_percent: path.map(|path| path.loss_ppm as f64 / 1e4),
             limit: session.and_then(Session::limit),
+            hint: path.and_then(|path| hint(&path, self.since)),
             udp_sent: path.map(|path| path.sent),
             udp_received: path.map(|path| path.received),
             trouble: if session.is_some() { None } else { self.trouble.clone() },

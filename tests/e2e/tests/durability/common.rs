@@ -1,9 +1,11 @@
 //! What these tests share.
 
+use std::net::SocketAddr;
 use std::path::Path;
 
 use bytes::Bytes;
-use srn_e2e::{Lab, Node};
+use srn_e2e::relay::line::Shape;
+use srn_e2e::{Chance, Lab, Node, Relay};
 use srn_nbd::client::{Client, ClientError, ConnectOptions, Uri};
 
 /// Bytes of one read of a whole disk.
@@ -29,6 +31,38 @@ pub(crate) fn expect_lost_link(nodes: &mut [&mut Node]) {
         node.expect_in_log(LINK_LOST);
         node.expect_in_log(LINK_AGREEING);
     }
+}
+
+/// A relay in front of a node.
+pub(crate) fn relay_to(recovery: &Node, seed: u64) -> Relay {
+    Relay::start(SocketAddr::from((recovery.address(), 7310)), seed)
+}
+
+/// A pair of nodes with a relay between them.
+pub(crate) async fn pair_through_relay(
+    production: &mut Node,
+    recovery: &mut Node,
+    chance: &mut Chance,
+) -> Relay {
+    pair_over(production, recovery, Shape::CLEAR, chance).await
+}
+
+/// A pair of nodes with a line like this between them.
+pub(crate) async fn pair_over(
+    production: &mut Node,
+    recovery: &mut Node,
+    shape: Shape,
+    chance: &mut Chance,
+) -> Relay {
+    expect_lost_link(&mut [&mut *production, &mut *recovery]);
+    recovery.start().await;
+    production.start().await;
+    let relay = relay_to(recovery, chance.next());
+    relay.shape(shape);
+    let token = recovery.token().await;
+    let address = relay.address().to_string();
+    let _ = production.srn_with_input(&["pair", &address], &token).await.done();
+    relay
 }
 
 /// Makes the group at `production`, with a full copy there, and an empty disk of `size` bytes.

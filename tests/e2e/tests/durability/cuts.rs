@@ -1,18 +1,17 @@
 //! The link is cut and comes back at any moment, by a relay between the nodes: production dials the
 //! relay, which is all that either of them knows of the way.
 
-use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use serde_json::Value;
-use srn_e2e::{Chance, Lab, Node, PATIENCE, Relay, tool, wait_for};
+use srn_e2e::{Chance, Lab, Node, PATIENCE, tool, wait_for};
 use srn_nbd::client::Client;
 use tokio::task::JoinHandle;
 
 use crate::common::{
-    GROUP, expect_lost_link, expect_same, export_of, exported, protect, read_all, small_segments,
+    GROUP, expect_same, export_of, exported, pair_through_relay, protect, read_all, small_segments,
 };
 use crate::oracle::{Moment, Oracle, SECTOR};
 
@@ -23,23 +22,6 @@ const SIZE: u64 = 8 << 20;
 /// Laps unless `SRN_LAPS` says otherwise: one of each kind. One of three needs the ten seconds after
 /// which a silent peer is given up, and as many until it is dialled again.
 const LAPS: usize = 3;
-
-/// A pair of nodes with a relay between them.
-pub(crate) async fn pair_through_relay(
-    production: &mut Node,
-    recovery: &mut Node,
-    chance: &mut Chance,
-) -> Relay {
-    expect_lost_link(&mut [&mut *production, &mut *recovery]);
-    recovery.start().await;
-    production.start().await;
-    let target = SocketAddr::from((recovery.address(), 7310));
-    let relay = Relay::start(target, chance.next());
-    let token = recovery.token().await;
-    let address = relay.address().to_string();
-    let _ = production.srn_with_input(&["pair", &address], &token).await.done();
-    relay
-}
 
 /// Writes one after the other, for as long as it is there.
 struct Writer {

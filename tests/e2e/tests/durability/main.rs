@@ -10,6 +10,7 @@ mod cuts;
 mod fencing;
 mod ghosts;
 mod kill;
+mod lines;
 mod oracle;
 mod pipe;
 mod synchronous;

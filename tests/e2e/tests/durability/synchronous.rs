@@ -7,8 +7,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use serde_json::Value;
 use srn_e2e::{Chance, Lab, PATIENCE, wait_for};
 
-use crate::common::{GROUP, expect_same, export_of, exported, filled, protect, small_segments};
-use crate::cuts::pair_through_relay;
+use crate::common::{
+    GROUP, expect_same, export_of, exported, filled, pair_through_relay, protect, small_segments,
+};
 
 const DISK: &str = "root";
 const SIZE: u64 = 1 << 20;
