@@ -1,7 +1,8 @@
 //! Shaping of what a session sends: [`scheduler`] between the streams of frames and the connection.
 //!
-//! The connection's own buffers come behind it. They are kept short, so that what waits waits here,
-//! where its order can still be chosen: [`buffered`] says how short. Control messages do not come
+//! The connection's own buffers come behind it. They are kept as short as they can be, so that what
+//! waits waits here, where its order can still be chosen: [`buffered`] says how short. In the
+//! buffers live goes before bulk, too: the streams have priorities. Control messages do not come
 //! through here; they go before everything.
 
 mod scheduler;
@@ -18,8 +19,12 @@ use tokio::sync::Notify;
 pub use scheduler::Traffic;
 use scheduler::{Flow, Next, Scheduler};
 
-/// What may wait in the connection's buffers beside what is on its way, as time, and in bytes at
-/// least: the connection must find something when it can send.
+/// What the connection holds, in windows. It holds what was acknowledged behind a lost packet too,
+/// until that was sent again and acknowledged, and one of a hundred of those is lost again.
+const WINDOWS: u64 = 4;
+
+/// What may wait in the connection's buffers beside that, as time, and in bytes at least: the
+/// connection must find something when it can send.
 const BUFFERED: Duration = Duration::from_millis(20);
 const BUFFERED_MIN: u64 = 256 << 10;
 
@@ -37,7 +42,7 @@ pub(crate) fn buffered(window: u64, round_trip: Duration, rate: u64, most: u64) 
     }
     let waiting = u128::from(rate) * BUFFERED.as_micros() / 1_000_000;
     let waiting = u64::try_from(waiting).unwrap_or(u64::MAX).max(BUFFERED_MIN);
-    window.saturating_add(waiting).min(most)
+    window.saturating_mul(WINDOWS).saturating_add(waiting).min(most)
 }
 
 /// The turns of one session.
