@@ -18,6 +18,7 @@
 extern crate alloc;
 
 pub mod bytes;
+pub mod civil;
 pub mod course;
 pub mod epoch;
 pub mod extent;
@@ -26,6 +27,7 @@ pub mod ids;
 pub mod limits;
 pub mod name;
 pub mod pairing;
+pub mod point;
 pub mod receiver;
 pub mod sender;
 pub mod state;

@@ -14,7 +14,9 @@ mod tests;
 pub use integrity::{
     CONTENT_HASH_LEN, CannotCode, Grain, HASHES_MAX, HashRange, HashRun, Integrity, Words,
 };
-pub use message::{Accept, Hello, Message, Offer, OfferedDisk, Progress, Refuse, RefuseCode};
+pub use message::{
+    Accept, CheckpointNote, Hello, Message, Offer, OfferedDisk, Progress, Refuse, RefuseCode,
+};
 pub use stream::{StreamHeader, WireFrame};
 
 use alloc::string::String;

@@ -8,6 +8,7 @@ use srn_core::epoch::Position;
 use srn_core::frame::{Record, ResyncReason};
 use srn_core::ids::{DiskId, DiskNo, EpochId, FrameHash, Seq};
 use srn_core::limits::{DISK_SECTORS_MAX, DISKS_MAX, NAME_LEN_MAX};
+use srn_core::point::Standing;
 use srn_core::state::Content;
 use srn_core::time::{LogTime, WallTime};
 
@@ -68,6 +69,18 @@ impl Catalog {
     #[must_use]
     pub fn is_clean(&self) -> bool {
         !self.disks.is_empty() && self.disks.values().all(|disk| disk.content == Content::Clean)
+    }
+
+    /// How this position stands. Of several disks that are a mixture of times, the first gives the
+    /// reason.
+    #[must_use]
+    pub fn standing(&self) -> Standing {
+        let mixed = self.disks.values().find(|disk| disk.content != Content::Clean);
+        match mixed {
+            Some(disk) => Standing::Mixture(disk.reason.unwrap_or(ResyncReason::Seeding)),
+            None if self.disks.is_empty() => Standing::NoDisk,
+            None => Standing::Whole,
+        }
     }
 
     /// The disk with this name.

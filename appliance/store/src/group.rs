@@ -21,6 +21,7 @@ mod maintain;
 mod open;
 mod retire;
 mod slots;
+mod times;
 mod view;
 
 pub use append::{Appender, Committed};
@@ -247,9 +248,20 @@ pub struct Checkpoint {
     pub mark: MarkPoint,
     /// The position it recovers.
     pub position: Position,
-    /// Label and pin.
+    /// What is noted of it.
     pub note: Note,
 }
+
+impl Checkpoint {
+    /// Whether the applications were quiet.
+    #[must_use]
+    pub const fn is_application_consistent(&self) -> bool {
+        self.mark.application && !self.note.unquiet
+    }
+}
+
+/// The most notes on checkpoints: each is part of every manifest that is written.
+const NOTES_MAX: usize = 10_000;
 
 pub(crate) const LOG_DIR: &str = "log";
 pub(crate) const INDEX_DIR: &str = "index";
@@ -523,7 +535,9 @@ impl Group {
             let table = table.read().unwrap_or_else(PoisonError::into_inner);
             table.marks().iter().for_each(|mark| add(mark, line));
         }
-        found.retain(|checkpoint| base.is_none_or(|base| checkpoint.position.seq > base.seq));
+        found.retain(|checkpoint| {
+            !checkpoint.note.deleted && base.is_none_or(|base| checkpoint.position.seq > base.seq)
+        });
         found.sort_by_key(|checkpoint| checkpoint.position.seq);
         found.dedup_by_key(|checkpoint| checkpoint.mark.id);
         Ok(found)
@@ -536,13 +550,34 @@ impl Group {
         state.manifest.notes.iter().map(|(id, note)| (*id, note.clone())).collect()
     }
 
-    /// Sets label and pin of a checkpoint, durably.
+    /// What is noted of a checkpoint.
+    #[must_use]
+    pub fn note(&self, id: CheckpointId) -> Note {
+        self.lock().manifest.notes.get(&id).cloned().unwrap_or_default()
+    }
+
+    /// Changes what is noted of a checkpoint, durably. Nothing is written when nothing changes.
     ///
     /// # Errors
-    /// As the volume says.
-    pub fn set_note(&self, id: CheckpointId, note: Note) -> Result<()> {
+    /// As the volume says; [`StoreError::Invalid`] when there are too many notes.
+    pub fn change_note(&self, id: CheckpointId, change: impl FnOnce(&mut Note)) -> Result<()> {
+        let before = self.note(id);
+        let mut note = before.clone();
+        change(&mut note);
+        if note == before {
+            return Ok(());
+        }
+        if before.is_empty() && self.lock().manifest.notes.len() >= NOTES_MAX {
+            return Err(StoreError::Invalid(format!(
+                "there are {NOTES_MAX} notes on checkpoints of the group already"
+            )));
+        }
         self.publish(|manifest| {
-            manifest.notes.insert(id, note);
+            if note.is_empty() {
+                manifest.notes.remove(&id);
+            } else {
+                manifest.notes.insert(id, note);
+            }
         })
     }
 

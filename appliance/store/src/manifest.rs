@@ -152,6 +152,22 @@ pub struct Note {
     pub label: String,
     /// Never to be retired.
     pub pinned: bool,
+    /// A server has booted from it.
+    pub proven: bool,
+    /// A person has deleted it: it is a position like any other.
+    pub deleted: bool,
+    /// A person has taken the pin away: the peer cannot give it again.
+    pub unpinned: bool,
+    /// The applications turned out not to have been quiet, whatever its mark says.
+    pub unquiet: bool,
+}
+
+impl Note {
+    /// Whether it says nothing.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
 }
 
 /// Everything about a group that is not in its frames.

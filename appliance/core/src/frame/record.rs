@@ -39,6 +39,8 @@ pub enum Record<'a> {
         id: CheckpointId,
         /// How it came about.
         kind: MarkKind,
+        /// Whether the applications were quiet from before the mark until it was durable.
+        application: bool,
     },
     /// A disk joins the group; it reads as zero until written.
     DiskAdd {
@@ -246,9 +248,9 @@ impl Record<'_> {
             }
             Self::Zero { disk, extent } => put_extent(out, *disk, *extent, ZERO),
             Self::Trim { disk, extent } => put_extent(out, *disk, *extent, TRIM),
-            Self::Mark { id, kind } => {
+            Self::Mark { id, kind, application } => {
                 out.put(&id.0);
-                out.put(&[kind.code(), 0, 0, 0]);
+                out.put(&[kind.code(), u8::from(*application), 0, 0]);
                 MARK
             }
             Self::DiskAdd { disk, id, sectors, name } => {
@@ -342,9 +344,11 @@ fn decode_body<'a>(kind: u8, body: &mut Reader<'a>) -> Result<Record<'a>, Record
         }
         MARK => {
             let id = CheckpointId(body.array()?);
-            let kind =
-                MarkKind::from_code(code(body)?).ok_or(RecordError::OutOfRange("mark kind"))?;
-            Record::Mark { id, kind }
+            let [code, application @ (0 | 1), 0, 0] = body.array::<4>()? else {
+                return Err(RecordError::OutOfRange("reserved bytes"));
+            };
+            let kind = MarkKind::from_code(code).ok_or(RecordError::OutOfRange("mark kind"))?;
+            Record::Mark { id, kind, application: application == 1 }
         }
         DISK_ADD => {
             let disk = disk_no(body)?;

@@ -35,7 +35,11 @@ fn head_bytes_are_pinned() {
     let mut builder = Builder::new();
     assert!(builder.write(DiskNo(1), Extent::new(8, 8), &[0xAABB]));
     assert!(builder.record(&Record::Zero { disk: DiskNo(1), extent: Extent::new(64, 128) }));
-    assert!(builder.record(&Record::Mark { id: CheckpointId([0x44; 16]), kind: MarkKind::Manual }));
+    assert!(builder.record(&Record::Mark {
+        id: CheckpointId([0x44; 16]),
+        kind: MarkKind::Manual,
+        application: false
+    }));
     let (head, hash) = builder.finish(&fields(5));
     let expected = [
         "53524e66",         // magic "SRNf"
@@ -147,15 +151,15 @@ fn records() -> Vec<(Record<'static>, &'static str)> {
     let (disk, extent) = (DiskNo(0x102), Extent::new(0x0304, 0x05));
     let position =
         Position { epoch: EpochId([0x66; 16]), seq: Seq(0x0708), hash: FrameHash([0x77; 16]) };
-    let mark = |kind| Record::Mark { id: CheckpointId([0x44; 16]), kind };
+    let mark = |kind, application| Record::Mark { id: CheckpointId([0x44; 16]), kind, application };
     let resync = |reason| Record::ResyncBegin { disk, reason };
     vec![
         (Record::Write { disk, extent }, "01001000 02010000 05000000 0403000000000000"),
         (Record::Zero { disk, extent }, "02001400 02010000 0403000000000000 0500000000000000"),
         (Record::Trim { disk, extent }, "03001400 02010000 0403000000000000 0500000000000000"),
-        (mark(MarkKind::Periodic), "04001400 44444444444444444444444444444444 01000000"),
-        (mark(MarkKind::Manual), "04001400 44444444444444444444444444444444 02000000"),
-        (mark(MarkKind::Final), "04001400 44444444444444444444444444444444 03000000"),
+        (mark(MarkKind::Periodic, false), "04001400 44444444444444444444444444444444 01000000"),
+        (mark(MarkKind::Manual, true), "04001400 44444444444444444444444444444444 02010000"),
+        (mark(MarkKind::Final, false), "04001400 44444444444444444444444444444444 03000000"),
         (
             Record::DiskAdd { disk, id: DiskId([0x55; 16]), sectors: 8, name: "root" },
             "05002400 02010000 55555555555555555555555555555555 0800000000000000 04 726f6f74 000000",
@@ -227,7 +231,7 @@ proptest! {
         }
         if mark {
             let kind = MarkKind::Periodic;
-            added += u32::from(builder.record(&Record::Mark { id: CheckpointId([1; 16]), kind }));
+            added += u32::from(builder.record(&Record::Mark { id: CheckpointId([1; 16]), kind, application: true }));
             let more = builder.record(&Record::DiskRemove { disk: DiskNo(0) });
             prop_assert!(!more, "a mark ends its frame");
         }

@@ -69,15 +69,8 @@ pub enum Message {
         /// The id it shall have.
         id: CheckpointId,
     },
-    /// Primary to secondary: a person's label of a checkpoint, which is not in the log.
-    Note {
-        /// The group.
-        group: GroupId,
-        /// The checkpoint.
-        id: CheckpointId,
-        /// The label.
-        label: String,
-    },
+    /// Primary to secondary: what there is to say of a checkpoint that is not in the log.
+    Note(CheckpointNote),
     /// Either node: a question about content that both hold, an answer, or a word about it.
     Integrity(Integrity),
     /// The node removes this pairing, or goes down on purpose; the reason in words.
@@ -87,6 +80,22 @@ pub enum Message {
         /// In words.
         text: String,
     },
+}
+
+/// What a primary says of a checkpoint. It can ask for more to be kept, never for less: the
+/// secondary alone decides what it deletes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CheckpointNote {
+    /// The group.
+    pub group: GroupId,
+    /// The checkpoint.
+    pub id: CheckpointId,
+    /// A person's label; empty for none.
+    pub label: String,
+    /// A person asks that it is never retired.
+    pub pin: bool,
+    /// The applications turned out not to have been quiet, whatever its mark says.
+    pub unquiet: bool,
 }
 
 /// Who speaks.
@@ -260,8 +269,8 @@ impl Message {
             | Self::Hindrance { group, .. }
             | Self::Drain { group }
             | Self::Drained { group, .. }
-            | Self::MarkRequest { group, .. }
-            | Self::Note { group, .. } => Some(*group),
+            | Self::MarkRequest { group, .. } => Some(*group),
+            Self::Note(note) => Some(note.group),
         }
     }
 
@@ -362,10 +371,12 @@ impl Message {
                 out.put(&id.0);
                 MARK_REQUEST
             }
-            Self::Note { group, id, label } => {
-                out.put(&group.0);
-                out.put(&id.0);
-                put_text(out, label);
+            Self::Note(note) => {
+                out.put(&note.group.0);
+                out.put(&note.id.0);
+                out.put_u8(u8::from(note.pin));
+                out.put_u8(u8::from(note.unquiet));
+                put_text(out, &note.label);
                 NOTE
             }
             Self::Integrity(integrity) => integrity.encode(out),
@@ -462,11 +473,13 @@ fn decode_body(kind: u8, reader: &mut Reader<'_>) -> Result<Message, WireError> 
             group: GroupId(reader.array()?),
             id: CheckpointId(reader.array()?),
         },
-        NOTE => Message::Note {
+        NOTE => Message::Note(CheckpointNote {
             group: GroupId(reader.array()?),
             id: CheckpointId(reader.array()?),
+            pin: flag(reader)?,
+            unquiet: flag(reader)?,
             label: text(reader)?,
-        },
+        }),
         GOODBYE => Message::Goodbye { unpaired: flag(reader)?, text: text(reader)? },
         other if Integrity::is_kind(other) => Message::Integrity(Integrity::decode(other, reader)?),
         other => return Err(WireError::UnknownType(other)),

@@ -107,8 +107,14 @@ fn messages() -> Vec<(Message, String)> {
             format!("210000000b{g}{}", "cc".repeat(16)),
         ),
         (
-            Message::Note { group, id: CheckpointId([0xcc; 16]), label: "ok".into() },
-            format!("250000000d{g}{}02006f6b", "cc".repeat(16)),
+            Message::Note(CheckpointNote {
+                group,
+                id: CheckpointId([0xcc; 16]),
+                label: "ok".into(),
+                pin: true,
+                unquiet: false,
+            }),
+            format!("270000000d{g}{}010002006f6b", "cc".repeat(16)),
         ),
         (Message::Goodbye { unpaired: true, text: "bye".into() }, "070000000c010300627965".into()),
     ]

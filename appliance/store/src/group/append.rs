@@ -212,8 +212,8 @@ impl Appender {
         let bad = |error| StoreError::Invalid(format!("indexing a frame: {error}"));
         for (frame, offset) in frames.iter().zip(offsets) {
             line.catalog.apply(frame).map_err(bad)?;
-            let clean = line.catalog.is_clean();
-            table.add(frame, open.segment.ordinal, *offset, keep_entries, clean).map_err(bad)?;
+            let standing = line.catalog.standing();
+            table.add(frame, open.segment.ordinal, *offset, keep_entries, standing).map_err(bad)?;
         }
         drop(table);
         open.last = last.position();
@@ -288,7 +288,7 @@ impl Appender {
         if let Some(line) = state.lines.get_mut(&self.epoch) {
             line.unsealed.push(Unsealed {
                 segment,
-                table: Arc::new(RwLock::new(MemTable::default())),
+                table: Arc::new(RwLock::new(MemTable::behind(&line.catalog))),
                 last: self.head,
                 end: u32::try_from(HEADER_LEN).unwrap_or(u32::MAX),
                 closed: None,

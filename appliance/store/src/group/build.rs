@@ -75,8 +75,8 @@ pub enum OwnedRecord {
     Zero(DiskNo, Extent),
     /// The extent is discarded.
     Trim(DiskNo, Extent),
-    /// A checkpoint.
-    Mark(CheckpointId, MarkKind),
+    /// A checkpoint, and whether the applications are quiet.
+    Mark(CheckpointId, MarkKind, bool),
     /// A disk joins: number, id, sectors, name.
     DiskAdd(DiskNo, DiskId, u64, Name),
     /// A disk leaves.
@@ -98,7 +98,9 @@ impl OwnedRecord {
         match self {
             Self::Zero(disk, extent) => Record::Zero { disk: *disk, extent: *extent },
             Self::Trim(disk, extent) => Record::Trim { disk: *disk, extent: *extent },
-            Self::Mark(id, kind) => Record::Mark { id: *id, kind: *kind },
+            Self::Mark(id, kind, application) => {
+                Record::Mark { id: *id, kind: *kind, application: *application }
+            }
             Self::DiskAdd(disk, id, sectors, name) => {
                 Record::DiskAdd { disk: *disk, id: *id, sectors: *sectors, name: name.as_str() }
             }

@@ -449,7 +449,7 @@ impl Group {
                 let bad = |error| StoreError::Corrupt(format!("indexing a frame: {error}"));
                 catalog.apply(&frame).map_err(bad)?;
                 let at = u32::try_from(offset).unwrap_or(u32::MAX);
-                table.add(&frame, segment.ordinal, at, true, catalog.is_clean()).map_err(bad)?;
+                table.add(&frame, segment.ordinal, at, true, catalog.standing()).map_err(bad)?;
             }
             parts.push((table, catalog.clone()));
         }

@@ -283,7 +283,7 @@ impl Group {
         // The next segment's header is only written when everything in this one is durable.
         let proven = if is_last { tail.watermark } else { tail.last };
 
-        let mut table = MemTable::default();
+        let mut table = MemTable::behind(&found.catalog);
         let mut frames = scan(&segment.target(), &self.shared.pool)?;
         let (mut last, mut end) = (found.head, HEADER_LEN);
         while let Some((offset, frame)) = frames.next(true)? {
@@ -294,9 +294,9 @@ impl Group {
             let bad = |error| StoreError::Corrupt(format!("indexing a frame: {error}"));
             found.catalog.apply(&frame).map_err(bad)?;
             let entries = self.keep == Keep::Replica;
-            let clean = found.catalog.is_clean();
+            let standing = found.catalog.standing();
             let at = u32::try_from(offset).unwrap_or(u32::MAX);
-            table.add(&frame, segment.ordinal, at, entries, clean).map_err(bad)?;
+            table.add(&frame, segment.ordinal, at, entries, standing).map_err(bad)?;
             last = frame.position();
             end = offset + frame.envelope().disk_len() as u64;
         }

@@ -210,7 +210,7 @@ impl Group {
         seq: Seq,
         catalog: &mut Catalog,
     ) -> Result<MemTable> {
-        let mut table = MemTable::default();
+        let mut table = MemTable::behind(catalog);
         let mut scan = scan(&segment.target(), &self.shared.pool)?;
         while catalog.at.seq < seq {
             let damaged = || {
@@ -224,7 +224,7 @@ impl Group {
             let bad = |error| StoreError::Corrupt(format!("indexing a frame: {error}"));
             catalog.apply(&frame).map_err(bad)?;
             let offset = u32::try_from(offset).unwrap_or(u32::MAX);
-            table.add(&frame, segment.ordinal, offset, true, catalog.is_clean()).map_err(bad)?;
+            table.add(&frame, segment.ordinal, offset, true, catalog.standing()).map_err(bad)?;
         }
         Ok(table)
     }

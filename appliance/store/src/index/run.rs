@@ -33,7 +33,7 @@ const BLOCK_ROOM: usize = PAGE - BLOCK_HEAD - 8;
 const INNER_LEN: usize = 12;
 
 /// Bytes of a point and of a mark.
-const POINT_LEN: usize = 36;
+const POINT_LEN: usize = 56;
 const MARK_LEN: usize = 64;
 
 /// Block levels that are no part of the tree.
@@ -104,8 +104,9 @@ mod tests {
     use crate::io::{OsFs, Volume};
     use srn_core::epoch::Position;
     use srn_core::extent::Extent;
-    use srn_core::frame::MarkKind;
+    use srn_core::frame::{MarkKind, ResyncReason};
     use srn_core::ids::{CheckpointId, DiskNo, FrameHash, GroupId};
+    use srn_core::point::Standing;
     use srn_core::time::{LogTime, WallTime};
     use std::sync::Arc;
 
@@ -140,6 +141,9 @@ mod tests {
             prev: FrameHash([0x22; 16]),
             offset: 4096,
             log_time: LogTime(6),
+            wall_time: WallTime(-2),
+            before: WallTime(-1),
+            standing: Standing::Mixture(ResyncReason::MirrorReconnected),
         };
         let mark = MarkPoint {
             id: CheckpointId([0x44; 16]),
@@ -149,6 +153,7 @@ mod tests {
             log_time: LogTime(8),
             wall_time: WallTime(-9),
             clean: true,
+            application: true,
         };
         let meta = writer
             .finish(&RunScope {
@@ -185,19 +190,19 @@ mod tests {
         let inner = "0200 01 0000000000 0000000000000100 00000000 fe00000000000100 01000000";
         check(&file, 2, inner, "fecfcb0ff9e644f7");
         let points = "0100 f0 0000000000 0500000000000000 22222222222222222222222222222222 00100000 \
-                    0600000000000000";
-        check(&file, 3, points, "3afcaaf4519d6bea");
-        let marks = "0100 f1 0000000000 44444444444444444444444444444444 02 01 000000000000 \
+                    0600000000000000 feffffffffffffff ffffffffffffffff 02030000";
+        check(&file, 3, points, "90aa923eb4763a8e");
+        let marks = "0100 f1 0000000000 44444444444444444444444444444444 02 01 01 0000000000 \
                     0700000000000000 33333333333333333333333333333333 0800000000000000 \
                     f7ffffffffffffff";
-        check(&file, 4, marks, "dc59cfa852a21856");
+        check(&file, 4, marks, "e602f1105042f52c");
         check(&file, 5, "0300 f2 0000000000 ca7a10", "d786cece68fb9e21");
         let footer = "0000 f3 0000000000 53524e78 0100 02 00 66666666666666666666666666666666 \
                     0500000000000000 11111111111111111111111111111111 0700000000000000 \
                     33333333333333333333333333333333 8000000000000000 02000000 02000000 01000000 \
                     03000000 01000000 04000000 01000000 05000000 03000000 00000000 \
-                    cd90d6c0a79121163a524b4eac51162c8d620d1125c4fa5b3d05b1fad3323e39";
-        check(&file, 6, footer, "55d5660a858c6d27");
+                    53d23b547bdbc52203027dc8fd89f399b9b24816a380dcf2905dfd9bba8b2ce2";
+        check(&file, 6, footer, "8a81b0b31188207f");
 
         let cache = Arc::new(BlockCache::new(1 << 20));
         let run = Run::open(&volume, dir.path(), group, &meta, &cache).unwrap();

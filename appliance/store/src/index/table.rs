@@ -3,9 +3,11 @@
 use srn_core::extent::{Extent, ExtentMap};
 use srn_core::frame::{MarkKind, Record, block_lens};
 use srn_core::ids::{CheckpointId, DiskNo, FrameHash, Seq};
+use srn_core::point::Standing;
 use srn_core::time::{LogTime, WallTime};
 
 use super::{Lookup, Place};
+use crate::catalog::Catalog;
 use crate::error::Result;
 use crate::frame::{BadFrame, Frame};
 
@@ -20,6 +22,12 @@ pub struct SeqPoint {
     pub offset: u32,
     /// Its log time.
     pub log_time: LogTime,
+    /// Its wall time.
+    pub wall_time: WallTime,
+    /// The wall time of the frame before it, or its own when that is not known.
+    pub before: WallTime,
+    /// How every position up to the next such place stands.
+    pub standing: Standing,
 }
 
 /// A checkpoint's mark in the log.
@@ -39,6 +47,8 @@ pub struct MarkPoint {
     pub wall_time: WallTime,
     /// Whether every disk of the group was clean there.
     pub clean: bool,
+    /// Whether the applications were quiet.
+    pub application: bool,
 }
 
 /// Bytes between two [`SeqPoint`]s.
@@ -50,11 +60,24 @@ pub struct MemTable {
     entries: ExtentMap<Place>,
     points: Vec<SeqPoint>,
     marks: Vec<MarkPoint>,
+    /// Wall time of the last frame.
+    wall_time: Option<WallTime>,
 }
 
 impl MemTable {
+    /// The table of a segment that goes on behind this position.
+    #[must_use]
+    pub fn behind(catalog: &Catalog) -> Self {
+        let wall_time = (catalog.at.seq > Seq::ZERO).then_some(catalog.wall_time);
+        Self { wall_time, ..Self::default() }
+    }
+
     /// Takes in a frame that lies at `offset` of segment `ordinal`. Without `entries` only places
-    /// to begin and marks are kept. `clean` says whether every disk is clean behind it.
+    /// to begin and marks are kept. `standing` says how the position behind it stands.
+    ///
+    /// A frame is a place to begin also where the wall clock went back, and where positions stand
+    /// otherwise than before: so a time is found, and what cannot be recovered, without reading
+    /// all frames.
     ///
     /// # Errors
     /// Never for a frame that was made or read: the same was checked then.
@@ -64,15 +87,24 @@ impl MemTable {
         ordinal: u32,
         offset: u32,
         entries: bool,
-        clean: bool,
+        standing: Standing,
     ) -> std::result::Result<(), BadFrame> {
         let header = frame.header();
-        if self.points.last().is_none_or(|last| offset - last.offset >= SEQ_STEP) {
+        let before = self.wall_time.replace(header.wall_time).unwrap_or(header.wall_time);
+        let same = |last: &SeqPoint| {
+            offset - last.offset < SEQ_STEP
+                && header.wall_time >= before
+                && last.standing == standing
+        };
+        if !self.points.last().is_some_and(same) {
             self.points.push(SeqPoint {
                 seq: header.seq,
                 prev: header.prev,
                 offset,
                 log_time: header.log_time,
+                wall_time: header.wall_time,
+                before,
+                standing,
             });
         }
         let head = frame.head()?;
@@ -101,14 +133,15 @@ impl MemTable {
                 Record::Trim { disk, extent } if entries => {
                     self.entries.insert(disk, extent, Place::Zero { trim: true });
                 }
-                Record::Mark { id, kind } => self.marks.push(MarkPoint {
+                Record::Mark { id, kind, application } => self.marks.push(MarkPoint {
                     id,
                     kind,
                     seq: header.seq,
                     hash: frame.envelope().hash,
                     log_time: header.log_time,
                     wall_time: header.wall_time,
-                    clean,
+                    clean: standing == Standing::Whole,
+                    application,
                 }),
                 _ => {}
             }

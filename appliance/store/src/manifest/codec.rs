@@ -109,12 +109,29 @@ pub(super) fn encode(manifest: &Manifest) -> Vec<u8> {
     put_count(&mut out, manifest.notes.len());
     for (id, note) in &manifest.notes {
         out.put(&id.0);
-        out.put_u8(u8::from(note.pinned));
+        out.put_u8(note_flags(note));
         put_text(&mut out, &note.label);
     }
     let hash = blake3::hash(&out);
     out.put(hash.as_bytes());
     out
+}
+
+/// Flags of a note.
+const PINNED: u8 = 1;
+const PROVEN: u8 = 2;
+const DELETED: u8 = 4;
+const UNQUIET: u8 = 8;
+const UNPINNED: u8 = 16;
+const NOTE_FLAGS: u8 = PINNED | PROVEN | DELETED | UNQUIET | UNPINNED;
+
+fn note_flags(note: &Note) -> u8 {
+    let flag = |set: bool, flag: u8| if set { flag } else { 0 };
+    flag(note.pinned, PINNED)
+        | flag(note.proven, PROVEN)
+        | flag(note.deleted, DELETED)
+        | flag(note.unquiet, UNQUIET)
+        | flag(note.unpinned, UNPINNED)
 }
 
 pub(super) fn decode(bytes: &[u8]) -> Result<Manifest, BadManifest> {
@@ -208,8 +225,19 @@ pub(super) fn decode(bytes: &[u8]) -> Result<Manifest, BadManifest> {
         },
         notes: list(&mut reader, |reader| {
             let id = CheckpointId(reader.array()?);
-            let pinned = reader.u8()? == 1;
-            Ok((id, Note { label: text(reader)?, pinned }))
+            let flags = reader.u8()?;
+            if flags & !NOTE_FLAGS != 0 {
+                return Err(BadManifest::Damaged("a note's flags"));
+            }
+            let note = Note {
+                label: text(reader)?,
+                pinned: flags & PINNED != 0,
+                proven: flags & PROVEN != 0,
+                deleted: flags & DELETED != 0,
+                unquiet: flags & UNQUIET != 0,
+                unpinned: flags & UNPINNED != 0,
+            };
+            Ok((id, note))
         })?,
     };
     check(&manifest, &reader)?;
@@ -370,7 +398,12 @@ mod tests {
             base: Some(BaseMeta { catalog: Catalog::new(last) }),
             notes: BTreeMap::from([(
                 CheckpointId([9; 16]),
-                Note { label: "before the update".into(), pinned: true },
+                Note {
+                    label: "before the update".into(),
+                    pinned: true,
+                    unquiet: true,
+                    ..Note::default()
+                },
             )]),
             next_ordinal: 5,
             next_slot: 8,
@@ -408,7 +441,7 @@ mod tests {
                         0100000000000000 0900000000000000 04000000 06000000 0300000000000000 01 \
                         01010101010101010101010101010101 0900000000000000 \
                         03030303030303030303030303030303 0000000000000000 0000000000000000 00 \
-                        00000000 00000000 01000000 09090909090909090909090909090909 01 1100 \
+                        00000000 00000000 01000000 09090909090909090909090909090909 09 1100 \
                         6265666f72652074686520757064617465 \
                         99de61d023ee5d3fe4bb26c8d5de202000141d3b3de0d8e5740eb36b9e0dbae4";
         assert_eq!(hex(&encode(&sample())), expected.replace(' ', ""));

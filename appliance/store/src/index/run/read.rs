@@ -10,6 +10,7 @@ use srn_core::extent::Extent;
 use srn_core::frame::MarkKind;
 use srn_core::ids::{CheckpointId, DiskNo, EpochId, FrameHash, GroupId, Seq};
 use srn_core::limits::PAGE;
+use srn_core::point::Standing;
 use srn_core::time::{LogTime, WallTime};
 
 use super::super::entry::{self, ENTRY_LEN};
@@ -230,11 +231,19 @@ impl Run {
     /// When the file cannot be read or is damaged.
     pub fn points(&self) -> Result<Vec<SeqPoint>> {
         self.section(self.layout.points, POINT_LEN, LEVEL_POINTS, |reader| {
-            Ok(Some(SeqPoint {
-                seq: Seq(reader.u64()?),
-                prev: FrameHash(reader.array()?),
-                offset: reader.u32()?,
-                log_time: LogTime(reader.u64()?),
+            let (seq, prev) = (Seq(reader.u64()?), FrameHash(reader.array()?));
+            let (offset, log_time) = (reader.u32()?, LogTime(reader.u64()?));
+            let (wall_time, before) = (WallTime(reader.i64()?), WallTime(reader.i64()?));
+            let standing = Standing::from_code(reader.array()?);
+            reader.take(2)?;
+            Ok(standing.map(|standing| SeqPoint {
+                seq,
+                prev,
+                offset,
+                log_time,
+                wall_time,
+                before,
+                standing,
             }))
         })
     }
@@ -248,12 +257,22 @@ impl Run {
             let id = CheckpointId(reader.array()?);
             let kind = MarkKind::from_code(reader.u8()?);
             let clean = reader.u8()? == 1;
-            reader.take(6)?;
+            let application = reader.u8()? == 1;
+            reader.take(5)?;
             let seq = Seq(reader.u64()?);
             let hash = FrameHash(reader.array()?);
             let log_time = LogTime(reader.u64()?);
             let wall_time = WallTime(reader.i64()?);
-            Ok(kind.map(|kind| MarkPoint { id, kind, seq, hash, log_time, wall_time, clean }))
+            Ok(kind.map(|kind| MarkPoint {
+                id,
+                kind,
+                seq,
+                hash,
+                log_time,
+                wall_time,
+                clean,
+                application,
+            }))
         })
     }
 

@@ -283,13 +283,18 @@ fn encode_point(point: &SeqPoint, out: &mut Vec<u8>) {
     out.put(&point.prev.0);
     out.put_u32(point.offset);
     out.put_u64(point.log_time.0);
+    out.put_i64(point.wall_time.0);
+    out.put_i64(point.before.0);
+    out.put(&point.standing.code());
+    out.put(&[0; 2]);
 }
 
 fn encode_mark(mark: &MarkPoint, out: &mut Vec<u8>) {
     out.put(&mark.id.0);
     out.put_u8(mark.kind.code());
     out.put_u8(u8::from(mark.clean));
-    out.put(&[0; 6]);
+    out.put_u8(u8::from(mark.application));
+    out.put(&[0; 5]);
     out.put_u64(mark.seq.0);
     out.put(&mark.hash.0);
     out.put_u64(mark.log_time.0);

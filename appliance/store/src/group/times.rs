@@ -1,0 +1,83 @@
+//! Which positions there are at which times: the line as blocks of frames, and the newest frame of
+//! a block that is not later than a time.
+
+use std::sync::{Arc, PoisonError};
+
+use srn_core::ids::Seq;
+use srn_core::point::{Block, Candidate, Timeline};
+use srn_core::time::WallTime;
+
+use super::Group;
+use crate::error::Result;
+use crate::index::SeqPoint;
+
+const fn block(point: &SeqPoint) -> Block {
+    Block {
+        first: point.seq,
+        log_time: point.log_time,
+        wall_time: point.wall_time,
+        before: point.before,
+        standing: point.standing,
+    }
+}
+
+impl Group {
+    /// The main line in blocks, from the oldest position that can be read to the head.
+    ///
+    /// # Errors
+    /// When an index file cannot be read.
+    pub fn timeline(&self) -> Result<Timeline> {
+        let (runs, tables, base, head, head_time) = {
+            let state = self.lock();
+            let main = state.manifest.main;
+            let runs = state.piece_runs(main)?;
+            let line = state.lines.get(&main);
+            let tables: Vec<_> = line
+                .map(|line| line.unsealed.iter().map(|open| open.table.clone()).collect())
+                .unwrap_or_default();
+            let base = state.manifest.base.as_ref().map(|base| base.catalog.clone());
+            let head = line.map_or(Seq::ZERO, |line| line.head.seq);
+            (runs, tables, base, head, line.map_or(WallTime(0), |line| line.catalog.wall_time))
+        };
+        let oldest = base.as_ref().map_or(Seq::ZERO, |base| base.at.seq);
+        let mut blocks: Vec<Block> = base
+            .iter()
+            .map(|base| Block {
+                first: base.at.seq,
+                log_time: base.log_time,
+                wall_time: base.wall_time,
+                before: base.wall_time,
+                standing: base.standing(),
+            })
+            .collect();
+        // What was appended since is not looked at.
+        let kept = |point: &&SeqPoint| point.seq > oldest && point.seq <= head;
+        for run in &runs {
+            blocks.extend(run.points()?.iter().filter(kept).map(block));
+        }
+        for table in &tables {
+            let table = table.read().unwrap_or_else(PoisonError::into_inner);
+            blocks.extend(table.points().iter().filter(kept).map(block));
+        }
+        blocks.sort_by_key(|block| block.first);
+        blocks.dedup_by_key(|block| block.first);
+        Ok(Timeline { blocks, head, head_time })
+    }
+
+    /// The newest frame of a candidate that is not later than `time`, by reading the frames of its
+    /// block.
+    ///
+    /// # Errors
+    /// As [`super::Cursor::next`].
+    pub fn newest_at(self: &Arc<Self>, candidate: Candidate, time: WallTime) -> Result<Seq> {
+        let mut newest = candidate.first;
+        let mut cursor = self.cursor(newest.next());
+        while newest < candidate.last {
+            match cursor.next()? {
+                Some(frame) if frame.header().wall_time <= time => newest = frame.header().seq,
+                _ => break,
+            }
+        }
+        Ok(newest)
+    }
+}
