@@ -51,6 +51,9 @@ impl Standing {
     }
 }
 
+/// A position and its wall time.
+pub type Place = (Seq, WallTime);
+
 /// Where a block of frames begins: up to the next block their wall times do not go back, and all of
 /// them stand alike.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -65,9 +68,11 @@ pub struct Block {
     pub before: WallTime,
     /// How positions in it stand.
     pub standing: Standing,
+    /// Only its first position is kept, and none up to the next block.
+    pub alone: bool,
 }
 
-/// A line in blocks, oldest first, without holes in between.
+/// A line in blocks, oldest first. Behind a block that is alone there may be a hole.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Timeline {
     /// The blocks. The first one begins at the oldest position that can be read.
@@ -107,6 +112,9 @@ pub struct Gap {
 impl Timeline {
     /// The last frame of a block, and its wall time.
     fn end(&self, index: usize) -> (Seq, WallTime) {
+        if let Some(block) = self.blocks.get(index).filter(|block| block.alone) {
+            return (block.first, block.wall_time);
+        }
         self.blocks
             .get(index + 1)
             .map_or((self.head, self.head_time), |next| (next.first.prev(), next.before))
@@ -155,7 +163,33 @@ impl Timeline {
     /// The block that `seq` lies in.
     fn block_of(&self, seq: Seq) -> Option<usize> {
         let behind = self.blocks.partition_point(|block| block.first <= seq);
-        if seq > self.head { None } else { behind.checked_sub(1) }
+        let index = behind.checked_sub(1).filter(|_| seq <= self.head)?;
+        let block = self.blocks.get(index)?;
+        (!block.alone || block.first == seq).then_some(index)
+    }
+
+    /// The position behind a hole that begins with this one, if one does.
+    #[must_use]
+    pub fn behind_hole(&self, seq: Seq) -> Option<Seq> {
+        let index = self.block_of(seq)?;
+        self.blocks.get(index).filter(|block| block.alone)?;
+        let next = self.blocks.get(index + 1).map(|next| next.first);
+        next.filter(|next| *next > seq.next())
+    }
+
+    /// The oldest position from which on every one is kept.
+    #[must_use]
+    pub fn full_from(&self) -> Option<(Seq, WallTime)> {
+        let lone = self.blocks.iter().rposition(|block| block.alone);
+        let index = match lone {
+            // Without a hole it belongs to what follows.
+            Some(index) => {
+                let hole = self.blocks.get(index).and_then(|b| self.behind_hole(b.first));
+                index + usize::from(hole.is_some())
+            }
+            None => 0,
+        };
+        self.blocks.get(index).map(|block| (block.first, block.wall_time))
     }
 
     /// How a position stands; none when it is not kept.
@@ -167,7 +201,7 @@ impl Timeline {
     /// The newest position before `seq`, and the oldest behind it, that can be recovered, with
     /// their wall times.
     #[must_use]
-    pub fn nearest(&self, seq: Seq) -> (Option<(Seq, WallTime)>, Option<(Seq, WallTime)>) {
+    pub fn nearest(&self, seq: Seq) -> (Option<Place>, Option<Place>) {
         let whole = |block: &Block| block.standing == Standing::Whole;
         let Some(at) = self.block_of(seq) else { return (None, None) };
         let before = self

@@ -6,6 +6,7 @@
 mod exports;
 mod integrity;
 mod nbd_certs;
+mod points;
 mod routes;
 
 use std::path::Path;
@@ -22,9 +23,8 @@ use crate::node::Node;
 pub use exports::{ExportRequest, OpenExport};
 pub use integrity::{Said, VerifyRequest};
 pub use nbd_certs::{CertificateRequest, Revoked};
-pub use routes::{
-    AddDisk, CheckpointRequest, GroupChange, NewCheckpoint, PairRequest, StopRequest, TokenRequest,
-};
+pub use points::{CheckpointRequest, HistoryQuery, NewCheckpoint, NoteRequest};
+pub use routes::{AddDisk, GroupChange, PairRequest, StopRequest, TokenRequest};
 
 /// The largest request body in bytes.
 const BODY_MAX: usize = 1 << 20;

@@ -11,6 +11,7 @@ mod copy;
 mod inspect;
 mod integrity;
 mod nbd_cert;
+mod points;
 mod render;
 
 use std::io::Write;

@@ -51,6 +51,27 @@ pub fn local() -> (Moment, String) {
     (Moment { weekday, minute }, zone)
 }
 
+/// The zone in which times without one are read and shown beside UTC: that of the node.
+#[must_use]
+pub fn time_zone() -> jiff::tz::TimeZone {
+    jiff::tz::TimeZone::try_system().unwrap_or(jiff::tz::TimeZone::UTC)
+}
+
+/// Its name.
+#[must_use]
+pub fn zone() -> String {
+    time_zone().iana_name().unwrap_or("local time").to_owned()
+}
+
+/// A wall time in the node's zone, to the millisecond, with its distance to UTC.
+#[must_use]
+pub fn in_zone(time: WallTime) -> String {
+    match jiff::Timestamp::from_microsecond(time.0) {
+        Ok(time) => time.to_zoned(time_zone()).strftime("%F %T%.3f %:z").to_string(),
+        Err(_) => rfc3339(time),
+    }
+}
+
 /// Random bytes from the system.
 ///
 /// # Panics

@@ -2,6 +2,7 @@
 //! sources and its exports.
 
 mod breaker;
+mod checkpoint;
 pub mod effort;
 pub mod engine;
 mod export;
@@ -32,14 +33,13 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 use std::time::Duration;
 
 use srn_core::epoch::Position;
-use srn_core::frame::{MarkKind, ResyncReason};
-use srn_core::ids::{CheckpointId, DiskId, DiskNo, EpochId, GroupId, NodeId, Seq};
+use srn_core::frame::ResyncReason;
+use srn_core::ids::{DiskId, DiskNo, EpochId, GroupId, NodeId, Seq};
 use srn_core::name::Name;
 use srn_core::state::{Cause, State};
-use srn_core::wire::Message;
 use srn_store::catalog::Catalog;
 use srn_store::group::{Appender, Change, Group as Store, Opened, Options, OwnedRecord};
-use srn_store::manifest::{Fence, Keep, Note, Role};
+use srn_store::manifest::{Fence, Keep, Role};
 use tokio::sync::{Notify, oneshot};
 
 use crate::clock;
@@ -587,61 +587,6 @@ impl Group {
         Ok(disk)
     }
 
-    /// Makes a checkpoint, or asks the primary for one.
-    ///
-    /// # Errors
-    /// When nothing can be appended, or the primary cannot be asked.
-    pub async fn checkpoint(
-        &self,
-        kind: MarkKind,
-        label: Option<String>,
-    ) -> Result<(CheckpointId, Option<Position>)> {
-        let id = CheckpointId(clock::random());
-        if self.role() == Role::Secondary {
-            let session = match &*self.side() {
-                Side::Incoming(incoming) => Some(incoming.session().clone()),
-                _ => None,
-            };
-            let session = session.ok_or_else(|| {
-                Failure::unreachable(format!(
-                    "the production node of group {} is not connected, and only it can make a \
-                     checkpoint",
-                    self.name()
-                ))
-            })?;
-            session.send(&Message::MarkRequest { group: self.id, id }).await?;
-            self.note(id, label).await?;
-            return Ok((id, None));
-        }
-        self.check_writable()?;
-        if self.catalog().disks.is_empty() {
-            return Err(Failure::refused(format!(
-                "group {} has no disk; a checkpoint would hold nothing",
-                self.name()
-            )));
-        }
-        let position = self.append_now(vec![OwnedRecord::Mark(id, kind)]).await?;
-        self.note(id, label).await?;
-        self.facts().last_checkpoint = Some(clock::mono());
-        Ok((id, Some(position)))
-    }
-
-    async fn note(&self, id: CheckpointId, label: Option<String>) -> Result<()> {
-        let Some(label) = label else { return Ok(()) };
-        let store = self.store.clone();
-        let note = Note { label: label.clone(), pinned: false };
-        self.blocking(move || store.set_note(id, note)).await?;
-        // If it is lost here, it is told again with the next session.
-        let session = match &*self.side() {
-            Side::Outgoing(outgoing) => Some(outgoing.session().clone()),
-            _ => None,
-        };
-        if let Some(session) = session {
-            let _ = session.try_send(&Message::Note { group: self.id, id, label });
-        }
-        Ok(())
-    }
-
     /// Runs something that may wait for the disk.
     async fn blocking<T: Send + 'static>(
         &self,
@@ -695,27 +640,6 @@ impl Group {
         self.tell_progress();
         self.tidy_integrity();
         self.review();
-    }
-
-    async fn periodic_checkpoint(&self) {
-        let every = self.record().checkpoint_every_s;
-        let due = {
-            let facts = self.facts();
-            every > 0
-                && facts.last_checkpoint.is_none_or(|last| {
-                    // A look comes once a second: rather half a second early than late.
-                    let due = Duration::from_secs(every).saturating_sub(Duration::from_millis(500));
-                    u128::from(clock::mono().since(last)) >= due.as_micros()
-                })
-        };
-        if !due || self.check_writable().is_err() || !self.catalog().is_clean() {
-            return;
-        }
-        if let Err(error) = self.checkpoint(MarkKind::Periodic, None).await {
-            log::warn!("group {}: a periodic checkpoint failed: {error}", self.name());
-            // The next one comes when it is due, not at once.
-            self.facts().last_checkpoint = Some(clock::mono());
-        }
     }
 
     /// Writes an event down.

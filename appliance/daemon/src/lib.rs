@@ -19,6 +19,7 @@ pub mod group;
 pub mod logging;
 pub mod nbd_cert;
 pub mod node;
+pub mod point;
 pub mod recovery;
 pub mod source;
 pub mod supervise;

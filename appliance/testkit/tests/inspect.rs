@@ -128,7 +128,7 @@ impl World {
             }
             11..13 => {
                 let id = CheckpointId(self.id());
-                self.commit(&[Change::Record(OwnedRecord::Mark(id, MarkKind::Manual))])
+                self.commit(&[Change::Record(OwnedRecord::Mark(id, MarkKind::Manual, false))])
             }
             13..18 => {
                 let keep_from = Seq(self.chance.below(self.group.head().seq.0 + 1));

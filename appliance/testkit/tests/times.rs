@@ -12,7 +12,7 @@ use srn_core::point::{Standing, Timeline};
 use srn_core::time::{Mono, Now, WallTime};
 use srn_store::group::{Change, Group, NewGroup, Opened, Options, OwnedRecord, Retention, Worked};
 use srn_store::manifest::{Keep, Role};
-use srn_testkit::seeds::{self, Coverage};
+use srn_testkit::seeds::{self, Coverage, Simulation};
 use srn_testkit::{Chance, SimDisk};
 
 const SECTORS: u64 = 512;
@@ -67,8 +67,9 @@ fn check(group: &std::sync::Arc<Group>, frames: &Frames, chance: &mut Chance, se
 
 #[test]
 fn times_mean_what_a_search_through_all_frames_says() {
-    let wanted = ["step of the clock", "restart", "retirement", "ambiguous time", "mixture"];
-    seeds::run(6, &wanted, run);
+    let wanted = &["step of the clock", "restart", "retirement", "ambiguous time", "mixture"];
+    let simulation = Simulation { name: "times", run, wanted };
+    seeds::run(&simulation, 6);
 }
 
 fn run(seed: u64) -> Coverage {

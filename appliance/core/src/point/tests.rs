@@ -72,6 +72,7 @@ fn whole(first: u64, wall: i64, before: i64) -> Block {
         wall_time: WallTime(wall),
         before: WallTime(before),
         standing: Standing::Whole,
+        alone: false,
     }
 }
 
@@ -169,6 +170,28 @@ fn gaps_have_a_point_before_and_one_behind() {
     assert_eq!(line.standing(Seq(24)), Some(Standing::Mixture(ResyncReason::MirrorReconnected)));
     assert_eq!(line.standing(Seq(25)), Some(Standing::Whole));
     assert_eq!(line.standing(Seq(0)), Some(Standing::NoDisk));
+}
+
+#[test]
+fn between_single_points_there_is_nothing() {
+    let alone = |first, wall| Block { alone: true, ..whole(first, wall, wall) };
+    let line = Timeline {
+        blocks: vec![alone(10, 100), alone(20, 200), alone(30, 300), whole(31, 310, 300)],
+        head: Seq(40),
+        head_time: WallTime(400),
+    };
+    let at = |time| line.at(WallTime(time), WallTime(400));
+    assert_eq!(at(150), [candidate(10, 10)]);
+    assert_eq!(at(305), [candidate(30, 30)]);
+    assert_eq!(at(311), [candidate(31, 40)]);
+    assert_eq!(line.standing(Seq(20)), Some(Standing::Whole));
+    assert_eq!(line.standing(Seq(21)), None);
+    assert_eq!(line.behind_hole(Seq(10)), Some(Seq(20)));
+    assert_eq!(line.behind_hole(Seq(20)), Some(Seq(30)));
+    assert_eq!(line.behind_hole(Seq(30)), None);
+    assert_eq!(line.behind_hole(Seq(35)), None);
+    assert_eq!(line.full_from(), Some((Seq(30), WallTime(300))));
+    assert_eq!(stepped_back().full_from(), Some((Seq(1), WallTime(100))));
 }
 
 #[test]

@@ -21,6 +21,7 @@ use super::routes::Body;
 use crate::error::{Failure, Result};
 use crate::node::Node;
 use crate::node::backend::Extra;
+use crate::point::{Point, choose};
 
 /// How often an empty line is written, so that a connection that is gone is noticed.
 const PULSE: Duration = Duration::from_secs(2);
@@ -33,7 +34,7 @@ pub struct ExportRequest {
     pub group: String,
     /// The disk.
     pub disk: String,
-    /// `latest`, or a checkpoint's id or label, or a frame's number.
+    /// A point as [`crate::point::choose`] takes it.
     pub at: String,
 }
 
@@ -61,9 +62,9 @@ pub(super) async fn open(
     let point = {
         let group = group.clone();
         let at = request.at.clone();
-        tokio::task::spawn_blocking(move || group.choose_point(&at))
+        tokio::task::spawn_blocking(move || choose(&group, &at))
     };
-    let (seq, words) =
+    let Point { seq, words } =
         point.await.map_err(|error| Failure::internal(format!("a task ended: {error}")))??;
     let store = group.store().clone();
     let view = tokio::task::spawn_blocking(move || store.view_at(seq));

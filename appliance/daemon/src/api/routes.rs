@@ -5,21 +5,20 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::extract::{FromRequest, Path, State};
-use axum::routing::{delete, get, post};
+use axum::routing::{delete, get, patch, post};
 use axum::{Json, Router};
 use serde::{Deserialize, Serialize};
-use srn_core::frame::MarkKind;
-use srn_core::limits::{DISK_SECTORS_MAX, SECTOR, TEXT_MAX};
+use srn_core::limits::{DISK_SECTORS_MAX, SECTOR};
 use srn_core::name::Name;
 use srn_core::token::Token;
 
-use super::{exports, integrity, nbd_certs};
+use super::{exports, integrity, nbd_certs, points};
 use crate::config::Size;
 use crate::error::{Failure, Result};
 use crate::fleet::{
     EventRecord, FullPolicy, IsolatedStart, PeerRecord, Priority, Source, Synchronous,
 };
-use crate::group::{CheckpointStatus, GroupStatus};
+use crate::group::GroupStatus;
 use crate::node::{GroupRequest, NewToken, Node, NodeStatus, PeerStatus};
 use crate::recovery::{RecoveryRequest, RecoveryStatus};
 
@@ -50,7 +49,9 @@ pub(super) fn router(node: Arc<Node>) -> Router {
         .route("/v1/groups/{group}", get(group).patch(change_group).delete(delete_group))
         .route("/v1/groups/{group}/disks", post(add_disk))
         .route("/v1/groups/{group}/disks/{disk}", delete(remove_disk))
-        .route("/v1/groups/{group}/checkpoints", get(checkpoints).post(create_checkpoint))
+        .route("/v1/groups/{group}/checkpoints", get(points::list).post(points::create))
+        .route("/v1/groups/{group}/checkpoints/{name}", patch(points::note).delete(points::remove))
+        .route("/v1/groups/{group}/history", get(points::history))
         .route("/v1/groups/{group}/recoveries", post(start_recovery))
         .route("/v1/groups/{group}/verify", post(integrity::verify))
         .route("/v1/recoveries", get(recoveries))
@@ -328,62 +329,6 @@ async fn remove_disk(
         return Err(error);
     }
     Ok(Json(node.group_status(&group)))
-}
-
-async fn checkpoints(
-    State(node): Shared,
-    Path(group): Path<String>,
-) -> Result<Json<Vec<CheckpointStatus>>> {
-    let group = node.find_group(&group)?;
-    let store = group.store().clone();
-    let listed = tokio::task::spawn_blocking(move || store.checkpoints());
-    let listed =
-        listed.await.map_err(|error| Failure::internal(format!("a task ended: {error}")))??;
-    Ok(Json(listed.iter().map(CheckpointStatus::from).collect()))
-}
-
-/// A request for a checkpoint.
-#[derive(Debug, Default, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct CheckpointRequest {
-    /// A person's label.
-    pub label: Option<String>,
-}
-
-/// A checkpoint that was made or asked for.
-#[derive(Debug, Serialize, Deserialize)]
-pub struct NewCheckpoint {
-    /// Its id.
-    pub id: String,
-    /// Its frame; none when the production node was asked and has not answered yet.
-    pub frame: Option<u64>,
-}
-
-async fn create_checkpoint(
-    State(node): Shared,
-    Path(group): Path<String>,
-    Body(request): Body<CheckpointRequest>,
-) -> Result<Json<NewCheckpoint>> {
-    let group = node.find_group(&group)?;
-    if let Some(label) = &request.label {
-        if label.is_empty() || label.len() > TEXT_MAX || label.chars().any(char::is_control) {
-            return Err(Failure::invalid(format!(
-                "a label has 1 to {TEXT_MAX} bytes and no control characters"
-            )));
-        }
-        let store = group.store().clone();
-        let taken = tokio::task::spawn_blocking(move || store.checkpoints());
-        let taken =
-            taken.await.map_err(|error| Failure::internal(format!("a task ended: {error}")))??;
-        if taken.iter().any(|checkpoint| checkpoint.note.label == *label) {
-            return Err(Failure::conflict(format!(
-                "group {} has a checkpoint {label:?} already; choose another label",
-                group.name()
-            )));
-        }
-    }
-    let (id, position) = group.checkpoint(MarkKind::Manual, request.label).await?;
-    Ok(Json(NewCheckpoint { id: id.to_string(), frame: position.map(|at| at.seq.0) }))
 }
 
 async fn start_recovery(

@@ -1,10 +1,14 @@
 //! What can be typed.
 
+mod points;
+
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use srn_core::name::Name;
+
+pub(super) use points::{AT_HELP, CheckpointCommand, HistoryArgs};
 
 use crate::config::{CONTROL_SOCKET, parse_duration, parse_size};
 
@@ -72,7 +76,9 @@ pub(super) enum Command {
     /// The disks of a group.
     #[command(subcommand)]
     Disk(DiskCommand),
-    /// Points in time.
+    /// Show which points in time of a group can be recovered.
+    History(HistoryArgs),
+    /// Points in time that were asked for.
     #[command(subcommand)]
     Checkpoint(CheckpointCommand),
     /// Run servers from a point in time on this node.
@@ -306,27 +312,9 @@ pub(super) enum DiskCommand {
     },
 }
 
-#[derive(Debug, Subcommand)]
-pub(super) enum CheckpointCommand {
-    /// Make a checkpoint now.
-    Create {
-        /// The group.
-        group: String,
-        /// A label to find it by.
-        #[arg(long)]
-        label: Option<String>,
-    },
-    /// List checkpoints, oldest first.
-    List {
-        /// The group.
-        group: String,
-    },
-}
-
 #[derive(Debug, Args)]
 pub(super) struct MachineArgs {
-    /// What to recover: latest, a checkpoint's id or label, or a frame's number.
-    #[arg(long, default_value = "latest", value_name = "POINT")]
+    #[arg(long, default_value = "latest", value_name = "POINT", allow_hyphen_values = true, help = AT_HELP)]
     pub(super) at: String,
     /// Virtual CPUs [default: cpus of [recovery] in the configuration, 2 if not there].
     #[arg(long)]
@@ -406,8 +394,7 @@ pub(super) struct ExportArgs {
     pub(super) group: String,
     /// The disk.
     pub(super) disk: String,
-    /// What to export: latest, a checkpoint's id or label, or a frame's number.
-    #[arg(long, default_value = "latest", value_name = "POINT")]
+    #[arg(long, default_value = "latest", value_name = "POINT", allow_hyphen_values = true, help = AT_HELP)]
     pub(super) at: String,
     /// Write a raw disk image.
     #[arg(long, group = "to", value_name = "FILE")]

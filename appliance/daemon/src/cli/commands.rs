@@ -6,18 +6,17 @@ use std::time::Duration;
 use serde::Serialize;
 
 use super::args::{
-    CheckpointCommand, Command, DiskCommand, ExportArgs, FailoverCommand, GroupCommand, Keep,
-    LinkPriority, MachineArgs, OnFull, OnIsolatedStart, PeerCommand, Settings, Sync, TokenCommand,
+    Command, DiskCommand, ExportArgs, FailoverCommand, GroupCommand, Keep, LinkPriority,
+    MachineArgs, OnFull, OnIsolatedStart, PeerCommand, Settings, Sync, TokenCommand,
 };
 use super::client::{Client, segment};
-use super::{copy, integrity, nbd_cert, render, say, say_error};
+use super::{copy, integrity, nbd_cert, points, render, say, say_error};
 use crate::api::{
-    AddDisk, CheckpointRequest, ExportRequest, GroupChange, NewCheckpoint, OpenExport, PairRequest,
-    StopRequest, TokenRequest,
+    AddDisk, ExportRequest, GroupChange, OpenExport, PairRequest, StopRequest, TokenRequest,
 };
 use crate::error::{Failure, Result};
 use crate::fleet::{EventRecord, FullPolicy, IsolatedStart, PeerRecord, Priority, Synchronous};
-use crate::group::{CheckpointStatus, GroupStatus};
+use crate::group::GroupStatus;
 use crate::node::{GroupRequest, NewToken, NodeStatus, PeerStatus};
 use crate::recovery::{Phase, RecoveryRequest, RecoveryStatus, SignRequest};
 
@@ -67,7 +66,8 @@ pub(super) async fn run(client: Client, json: bool, command: Command) -> Result<
         Command::Peer(command) => peer(&client, &out, command).await,
         Command::Group(command) => group(&client, &out, command).await,
         Command::Disk(command) => disk(&client, &out, command).await,
-        Command::Checkpoint(command) => checkpoint(&client, &out, command).await,
+        Command::History(args) => points::history(&client, &out, args).await,
+        Command::Checkpoint(command) => points::checkpoint(&client, &out, command).await,
         Command::Failover(command) => failover(&client, &out, command).await,
         Command::NbdCert(command) => nbd_cert::run(&client, &out, command).await,
         Command::Export(args) => export(&client, &out, args).await,
@@ -359,25 +359,6 @@ async fn wait_for_copy(client: &Client, out: &Out, group: &str, disk: &str) -> R
             }
         }
     }
-}
-
-async fn checkpoint(client: &Client, out: &Out, command: CheckpointCommand) -> Result<()> {
-    match command {
-        CheckpointCommand::Create { group, label } => {
-            let path = format!("/v1/groups/{}/checkpoints", segment(&group)?);
-            let made: NewCheckpoint = client.post(&path, &CheckpointRequest { label }).await?;
-            out.show(&made, |made| match made.frame {
-                Some(frame) => format!("checkpoint {} at frame {frame}", made.id),
-                None => format!("checkpoint {} was asked of the production node", made.id),
-            });
-        }
-        CheckpointCommand::List { group } => {
-            let path = format!("/v1/groups/{}/checkpoints", segment(&group)?);
-            let checkpoints: Vec<CheckpointStatus> = client.get(&path).await?;
-            out.show(&checkpoints, |checkpoints| render::checkpoints(checkpoints));
-        }
-    }
-    Ok(())
 }
 
 fn recovery_request(machine: &MachineArgs, test: bool) -> RecoveryRequest {

@@ -6,7 +6,7 @@ use crate::bandwidth::Rate;
 use crate::clock;
 use crate::config::Size;
 use crate::fleet::{EventRecord, Level, Priority};
-use crate::group::{CheckpointStatus, DiskStatus, GroupStatus};
+use crate::group::{DiskStatus, GroupStatus};
 use crate::node::{NodeStatus, PeerStatus};
 use crate::recovery::{Phase, RecoveryStatus};
 
@@ -298,26 +298,6 @@ pub(super) fn group(group: &GroupStatus) -> String {
         group.link.frames_sent_again
     ));
     out.join("\n")
-}
-
-pub(super) fn checkpoints(checkpoints: &[CheckpointStatus]) -> String {
-    if checkpoints.is_empty() {
-        return "no checkpoints".into();
-    }
-    let rows: Vec<Vec<String>> = checkpoints
-        .iter()
-        .map(|checkpoint| {
-            vec![
-                checkpoint.id.chars().take(8).collect(),
-                checkpoint.time.clone(),
-                checkpoint.kind.clone(),
-                if checkpoint.clean { "clean" } else { "unclean" }.into(),
-                checkpoint.frame.to_string(),
-                checkpoint.label.clone().unwrap_or_default(),
-            ]
-        })
-        .collect();
-    table(&["ID", "TIME", "KIND", "STATE", "FRAME", "LABEL"], &rows)
 }
 
 pub(super) fn events(events: &[EventRecord]) -> String {

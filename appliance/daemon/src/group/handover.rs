@@ -313,7 +313,7 @@ impl Group {
 
     /// Appends the mark behind which nothing comes.
     async fn append_final(&self) -> Result<Position> {
-        let mark = OwnedRecord::Mark(CheckpointId(clock::random()), MarkKind::Final);
+        let mark = OwnedRecord::Mark(CheckpointId(clock::random()), MarkKind::Final, false);
         let why = "drained for a planned failover";
         let appended = self.engine().append_last(vec![Change::Record(mark)], why).await;
         appended.map_err(|closed| Failure::refused(closed.to_string()))

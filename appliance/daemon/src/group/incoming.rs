@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
 use srn_core::epoch::{EpochTable, Position};
-use srn_core::ids::{CheckpointId, Seq};
+use srn_core::ids::Seq;
 use srn_core::receiver::{Answer, PeerFault, Receiver};
 use srn_core::state::Cause;
 use srn_core::time::Mono;
@@ -13,7 +13,7 @@ use srn_core::wire::{Accept, Message, Offer, Progress, RefuseCode, StreamHeader}
 use srn_link::{FrameReader, LinkError, Session};
 use srn_store::codec::Codecs;
 use srn_store::frame::Frame;
-use srn_store::manifest::{Fence, Note, Role};
+use srn_store::manifest::{Fence, Role};
 use tokio::sync::Notify;
 use tokio_util::task::AbortOnDropHandle;
 
@@ -295,20 +295,6 @@ impl Group {
             && incoming.session.number() == session.number()
         {
             incoming.progress = Some((progress, clock::mono()));
-        }
-    }
-
-    /// The primary labels a checkpoint.
-    pub(super) async fn on_note(&self, id: CheckpointId, label: String) {
-        let known =
-            self.store.notes().iter().any(|(known, note)| *known == id && note.label == label);
-        if known || self.role() != Role::Secondary {
-            return;
-        }
-        let store = self.store.clone();
-        let note = Note { label, pinned: false };
-        if let Err(error) = self.blocking(move || store.set_note(id, note)).await {
-            log::warn!("group {}: keeping a checkpoint's label: {error}", self.name());
         }
     }
 }

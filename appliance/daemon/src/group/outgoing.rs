@@ -433,7 +433,7 @@ impl Group {
         }));
     }
 
-    /// Sends the labels of checkpoints, which are not in the log.
+    /// Sends the labels and pins of checkpoints, which are not in the log.
     async fn send_notes(&self, session: &Session) {
         let send = match &mut *self.side() {
             Side::Outgoing(outgoing) if !outgoing.notes_sent => {
@@ -446,7 +446,7 @@ impl Group {
             return;
         }
         for (id, note) in self.store.notes() {
-            let message = Message::Note { group: self.id, id, label: note.label };
+            let Some(message) = self.note_message(id, &note) else { continue };
             if session.send(&message).await.is_err() {
                 return;
             }

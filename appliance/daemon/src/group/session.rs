@@ -98,7 +98,7 @@ impl Group {
                 let this = self.clone();
                 tokio::spawn(async move { this.on_mark_request(id).await });
             }
-            Message::Note { id, label, .. } => self.on_note(id, label).await,
+            Message::Note(note) => self.on_note(note).await,
             Message::Integrity(said) => self.on_integrity(session, said),
             // The node deals with these.
             Message::Hello(_) | Message::Offer(_) | Message::Goodbye { .. } => {}
@@ -109,7 +109,7 @@ impl Group {
         if self.check_writable().is_err() {
             return;
         }
-        let mark = OwnedRecord::Mark(id, MarkKind::Manual);
+        let mark = OwnedRecord::Mark(id, MarkKind::Manual, false);
         if let Err(error) = self.append_now(vec![mark]).await {
             log::warn!("group {}: a checkpoint asked for by the peer: {error}", self.name());
         }

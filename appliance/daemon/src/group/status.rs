@@ -179,6 +179,12 @@ pub struct CheckpointStatus {
     pub frame: u64,
     /// Whether it is never retired.
     pub pinned: bool,
+    /// `application` when the applications were quiet, else `crash`.
+    pub consistent: String,
+    /// Whether a server has booted from it.
+    pub proven: bool,
+    /// When it was made, in the node's time zone.
+    pub local: String,
 }
 
 impl From<&Checkpoint> for CheckpointStatus {
@@ -192,6 +198,13 @@ impl From<&Checkpoint> for CheckpointStatus {
             clean: checkpoint.mark.clean,
             frame: checkpoint.position.seq.0,
             pinned: note.pinned,
+            consistent: if checkpoint.is_application_consistent() {
+                "application".into()
+            } else {
+                "crash".into()
+            },
+            proven: note.proven,
+            local: clock::in_zone(checkpoint.mark.wall_time),
         }
     }
 }

@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
-use srn_core::ids::{EpochId, Seq};
+use srn_core::ids::EpochId;
 use srn_store::manifest::{Keep, Role};
 use srn_targets::qemu::host::Host;
 use srn_targets::qemu::probe::{self, Sign};
@@ -17,6 +17,7 @@ use crate::error::{Failure, Kind, Result};
 use crate::fleet::{Level, RecoveryRecord};
 use crate::group::Group;
 use crate::node::Node;
+use crate::point::{Point, choose};
 
 /// How long a planned failover waits for the production node to drain.
 const DRAIN_PATIENCE: Duration = Duration::from_secs(60);
@@ -30,7 +31,7 @@ const HOOK_PATIENCE: Duration = Duration::from_secs(120);
 pub struct RecoveryRequest {
     /// On a clone that is thrown away.
     pub test: bool,
-    /// `latest`, or a checkpoint's id (or its beginning) or label, or a frame's number.
+    /// A point as [`crate::point::choose`] takes it.
     pub at: String,
     /// Without the production node's consent.
     pub force: bool,
@@ -65,12 +66,6 @@ pub enum SignRequest {
     Serial(String),
     /// A TCP connection to `host:port`.
     Tcp(String),
-}
-
-/// A point that was chosen.
-struct Point {
-    seq: Seq,
-    words: String,
 }
 
 impl Recoveries {
@@ -348,89 +343,6 @@ fn check_group(group: &Group, request: &RecoveryRequest) -> Result<()> {
         )));
     }
     Ok(())
-}
-
-/// Chooses a point by what a person said.
-fn choose(group: &Group, at: &str) -> Result<Point> {
-    let name = group.name();
-    let catalog = group.catalog();
-    if at == "latest" {
-        if catalog.is_clean() {
-            let seq = catalog.at.seq;
-            let time = clock::rfc3339(catalog.wall_time);
-            return Ok(Point { seq, words: format!("frame {seq} of {time}, the newest") });
-        }
-        return match catalog.last_clean {
-            Some(clean) => Ok(Point {
-                seq: clean.seq,
-                words: format!("frame {}, the newest before a resync began", clean.seq),
-            }),
-            None => Err(Failure::refused(format!(
-                "group {name} cannot be recovered yet: its initial replication is not complete"
-            ))),
-        };
-    }
-    let checkpoints = group.store().checkpoints()?;
-    let fits = |checkpoint: &&srn_store::group::Checkpoint| {
-        let id = checkpoint.mark.id.to_string();
-        checkpoint.note.label == at || (at.len() >= 4 && id.starts_with(&at.to_lowercase()))
-    };
-    let found: Vec<_> = checkpoints.iter().filter(fits).collect();
-    match found.as_slice() {
-        [one] => {
-            if !one.mark.clean {
-                return Err(Failure::refused(format!(
-                    "checkpoint {at} is unclean: a resync was under way, and its disks are a \
-                     mixture of times"
-                )));
-            }
-            let time = clock::rfc3339(one.mark.wall_time);
-            let label = if one.note.label.is_empty() {
-                String::new()
-            } else {
-                format!(" \"{}\"", one.note.label)
-            };
-            let words = format!("checkpoint {}{label} of {time}", one.mark.id.short());
-            Ok(Point { seq: one.position.seq, words })
-        }
-        [] => match at.parse::<u64>() {
-            Ok(frame) => frame_point(group, Seq(frame)),
-            Err(_) => Err(Failure::not_found(format!(
-                "group {name} has no checkpoint {at:?}; list them with: srn checkpoint list {name}"
-            ))),
-        },
-        many => Err(Failure::conflict(format!(
-            "{at:?} fits {} checkpoints of group {name}; give more of the id",
-            many.len()
-        ))),
-    }
-}
-
-/// The point at a frame, which must be kept and hold whole disks.
-fn frame_point(group: &Group, seq: Seq) -> Result<Point> {
-    let name = group.name();
-    let way_out = format!("list what there is with: srn checkpoint list {name}");
-    let view = group.store().view_at(seq).map_err(|error| {
-        let failure = Failure::from(error);
-        Failure::new(failure.kind, format!("group {name}: {failure}; {way_out}"))
-    })?;
-    if !view.catalog().is_clean() {
-        return Err(Failure::refused(format!(
-            "group {name}: at frame {seq} a disk was a mixture of times, as its copy was under \
-             way; {way_out}"
-        )));
-    }
-    Ok(Point { seq, words: format!("frame {seq}") })
-}
-
-impl Group {
-    /// The frame that a person means by `at`: `latest`, a checkpoint's id or label, or a number.
-    ///
-    /// # Errors
-    /// When there is no such point, or it cannot be recovered.
-    pub fn choose_point(&self, at: &str) -> Result<(Seq, String)> {
-        choose(self, at).map(|point| (point.seq, point.words))
-    }
 }
 
 /// Runs the program that makes sure that production is off.

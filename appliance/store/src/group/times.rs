@@ -8,6 +8,8 @@ use srn_core::point::{Block, Candidate, Timeline};
 use srn_core::time::WallTime;
 
 use super::Group;
+use super::view::decode_catalog;
+use crate::catalog::Catalog;
 use crate::error::Result;
 use crate::index::SeqPoint;
 
@@ -18,6 +20,19 @@ const fn block(point: &SeqPoint) -> Block {
         wall_time: point.wall_time,
         before: point.before,
         standing: point.standing,
+        alone: false,
+    }
+}
+
+/// A position without any before or behind it.
+fn alone(catalog: &Catalog) -> Block {
+    Block {
+        first: catalog.at.seq,
+        log_time: catalog.log_time,
+        wall_time: catalog.wall_time,
+        before: catalog.wall_time,
+        standing: catalog.standing(),
+        alone: true,
     }
 }
 
@@ -27,32 +42,39 @@ impl Group {
     /// # Errors
     /// When an index file cannot be read.
     pub fn timeline(&self) -> Result<Timeline> {
-        let (runs, tables, base, head, head_time) = {
+        let (runs, layers, tables, base, head, head_time) = {
             let state = self.lock();
             let main = state.manifest.main;
             let runs = state.piece_runs(main)?;
+            let pieces = state.manifest.timelines.get(&main).map_or(&[][..], |line| &line.pieces);
+            let layers: Vec<bool> = pieces
+                .iter()
+                .map(|piece| state.manifest.layers.contains_key(&piece.ordinal))
+                .collect();
             let line = state.lines.get(&main);
             let tables: Vec<_> = line
                 .map(|line| line.unsealed.iter().map(|open| open.table.clone()).collect())
                 .unwrap_or_default();
             let base = state.manifest.base.as_ref().map(|base| base.catalog.clone());
             let head = line.map_or(Seq::ZERO, |line| line.head.seq);
-            (runs, tables, base, head, line.map_or(WallTime(0), |line| line.catalog.wall_time))
+            (
+                runs,
+                layers,
+                tables,
+                base,
+                head,
+                line.map_or(WallTime(0), |line| line.catalog.wall_time),
+            )
         };
         let oldest = base.as_ref().map_or(Seq::ZERO, |base| base.at.seq);
-        let mut blocks: Vec<Block> = base
-            .iter()
-            .map(|base| Block {
-                first: base.at.seq,
-                log_time: base.log_time,
-                wall_time: base.wall_time,
-                before: base.wall_time,
-                standing: base.standing(),
-            })
-            .collect();
+        let mut blocks: Vec<Block> = base.iter().map(alone).collect();
         // What was appended since is not looked at.
         let kept = |point: &&SeqPoint| point.seq > oldest && point.seq <= head;
-        for run in &runs {
+        for (run, is_layer) in runs.iter().zip(layers) {
+            if is_layer {
+                blocks.push(alone(&decode_catalog(&run.catalog()?)?));
+                continue;
+            }
             blocks.extend(run.points()?.iter().filter(kept).map(block));
         }
         for table in &tables {

@@ -1,0 +1,74 @@
+//! What can be typed about points in time.
+
+use clap::{Args, Subcommand};
+
+use crate::config::parse_duration;
+
+/// What every `--at` says.
+pub(in crate::cli) const AT_HELP: &str = "What point: latest; a time as \"2026-11-20 14:03:07.25\" \
+    or 14:03 (of this node's zone, or with Z or +01:00 behind it), or a span before now as -90s: the \
+    newest write at or before it; frame:123; or a checkpoint's label, or the beginning of its id";
+
+#[derive(Debug, Args)]
+pub(in crate::cli) struct HistoryArgs {
+    /// The group.
+    pub(in crate::cli) group: String,
+    #[arg(long, value_name = "POINT", allow_hyphen_values = true, help = AT_HELP)]
+    pub(in crate::cli) at: Option<String>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(in crate::cli) enum CheckpointCommand {
+    /// Make a checkpoint now.
+    Create {
+        /// The group.
+        group: String,
+        /// A label to find it by.
+        #[arg(long)]
+        label: Option<String>,
+        /// Never retire it.
+        #[arg(long)]
+        pin: bool,
+        /// Wait until it can be recovered at the recovery node.
+        #[arg(long)]
+        wait: bool,
+        /// How long to wait for that.
+        #[arg(long, default_value = "1min", value_parser = parse_duration, value_name = "DURATION")]
+        wait_timeout: std::time::Duration,
+    },
+    /// List checkpoints, oldest first.
+    List {
+        /// The group.
+        group: String,
+    },
+    /// Never retire a checkpoint. At the production node: ask the recovery node not to.
+    Pin {
+        /// The group.
+        group: String,
+        /// Its label, or the beginning of its id.
+        checkpoint: String,
+    },
+    /// Retire a checkpoint as the policy says. Each node decides for what it keeps.
+    Unpin {
+        /// The group.
+        group: String,
+        /// Its label, or the beginning of its id.
+        checkpoint: String,
+    },
+    /// Give a checkpoint a label.
+    Label {
+        /// The group.
+        group: String,
+        /// Its label as it is, or the beginning of its id.
+        checkpoint: String,
+        /// The new label; empty for none.
+        label: String,
+    },
+    /// Forget a checkpoint at this node. Within the full history its position stays recoverable.
+    Delete {
+        /// The group.
+        group: String,
+        /// Its label, or the beginning of its id.
+        checkpoint: String,
+    },
+}
