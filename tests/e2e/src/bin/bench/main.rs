@@ -8,6 +8,7 @@
 
 mod cost;
 mod front;
+mod groups;
 mod history;
 mod incremental;
 mod memory;
@@ -37,7 +38,8 @@ struct Site {
     lab: Lab,
 }
 
-const USAGE: &str = "usage: bench [--pairs N] [--only front|copy|whole|incremental|lag|history|memory] [--records N]";
+const USAGE: &str = "usage: bench [--pairs N] [--records N] \
+    [--only front|copy|whole|incremental|lag|history|memory|groups]";
 
 fn plan() -> Result<Plan, String> {
     let mut plan = Plan { pairs: 9, only: None, records: 50_000_000 };
@@ -95,6 +97,9 @@ async fn main() -> ExitCode {
     }
     if wanted("memory") {
         memory::measure(&mut site, plan.records, &mut table).await;
+    }
+    if wanted("groups") {
+        groups::measure(&mut site, &mut table).await;
     }
     println!("\n{table}");
     ExitCode::SUCCESS
