@@ -9,10 +9,10 @@
 mod block;
 mod inode;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, IoSlice};
 use std::path::Path;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use srn_store::io::{Access, File, Fs};
 
@@ -47,6 +47,8 @@ struct World {
     boot: u64,
     inodes: BTreeMap<u64, Inode>,
     next_inode: u64,
+    /// Who has a file open: it stays readable without a name until the last one is gone.
+    open: Vec<(u64, Weak<()>)>,
     names: BTreeMap<String, u64>,
     /// What the name may be after a power cut: every value since its directory was synced.
     name_versions: BTreeMap<String, Vec<Option<u64>>>,
@@ -84,6 +86,7 @@ impl SimDisk {
             boot: 0,
             inodes: BTreeMap::new(),
             next_inode: 0,
+            open: Vec::new(),
             names: BTreeMap::new(),
             name_versions: BTreeMap::new(),
             capacity,
@@ -227,8 +230,11 @@ impl SimDisk {
         };
     }
 
-    fn handle(&self, inode: u64) -> Arc<dyn File> {
-        Arc::new(SimFile { disk: self.clone(), inode })
+    /// A handle on a file, which is noted in `world`, this disk's.
+    fn handle(&self, world: &mut World, inode: u64) -> Arc<dyn File> {
+        let holder = Arc::new(());
+        world.open.push((inode, Arc::downgrade(&holder)));
+        Arc::new(SimFile { disk: self.clone(), inode, _holder: holder })
     }
 }
 
@@ -280,14 +286,14 @@ impl Fs for SimDisk {
         Self::set_name(&mut world, name, Some(number));
         match fault {
             Some(fault) => Err(failed(fault)),
-            None => Ok(self.handle(number)),
+            None => Ok(self.handle(&mut world, number)),
         }
     }
 
     fn open(&self, path: &Path, _access: Access) -> io::Result<Arc<dyn File>> {
-        let world = self.world()?;
+        let mut world = self.world()?;
         let inode = *world.names.get(&key(path)).ok_or_else(|| not_found(path))?;
-        Ok(self.handle(inode))
+        Ok(self.handle(&mut world, inode))
     }
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
@@ -339,13 +345,15 @@ impl Fs for SimDisk {
         let dir = key(path);
         world.name_versions.retain(|name, _| !is_in(name, &dir));
         // Files without a name, now or after a power cut, are gone.
-        let kept: std::collections::BTreeSet<u64> = world
+        let kept: BTreeSet<u64> = world
             .names
             .values()
             .copied()
             .chain(world.name_versions.values().flatten().flatten().copied())
             .collect();
-        world.inodes.retain(|inode, _| kept.contains(inode));
+        world.open.retain(|(_, holder)| holder.strong_count() > 0);
+        let open: BTreeSet<u64> = world.open.iter().map(|(inode, _)| *inode).collect();
+        world.inodes.retain(|inode, _| kept.contains(inode) || open.contains(inode));
         Ok(())
     }
 
@@ -360,6 +368,7 @@ impl Fs for SimDisk {
 struct SimFile {
     disk: SimDisk,
     inode: u64,
+    _holder: Arc<()>,
 }
 
 impl SimFile {

@@ -2,6 +2,7 @@
 //!
 //! They refuse to know how many seeds are run, or by whom: see [`crate::seeds`].
 
+pub mod leap;
 pub mod pair;
 pub mod reversal;
 pub mod store;

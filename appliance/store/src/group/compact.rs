@@ -19,26 +19,23 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::{Arc, PoisonError};
 
+use srn_core::bytes::content_sum;
 use srn_core::epoch::Position;
-use srn_core::extent::Extent;
+use srn_core::frame::envelope::Codec;
 use srn_core::ids::{EpochId, GroupId, Seq};
-use srn_core::limits::{PAGE, SECTOR};
+use srn_core::limits::PAGE;
 use srn_core::time::LogTime;
 
+use super::layers::{Block, LayerOutput, WrittenLayer};
 use super::maintain::Worked;
 use super::retire::Retention;
 use super::view::{part_of_block, stored_block};
-use super::{Group, INDEX_DIR, LAYER_DIR, State};
+use super::{Group, State};
 use crate::catalog::Catalog;
 use crate::codec::{Codecs, Effort};
-use crate::error::{Doing, Result, StoreError};
-use crate::index::{
-    Entries, Item, MarkPoint, MemTable, Merge, Place, Run, RunMeta, RunScope, RunWriter,
-    run_file_name, span,
-};
-use crate::io::{Fs, Volume};
-use crate::layer::{self, LayerFile, LayerHeader, LayerWriter};
-use crate::manifest::{Keep, LayerFileMeta, LayerMeta, Manifest, PieceMeta, Purpose};
+use crate::error::{Result, StoreError};
+use crate::index::{Entries, Item, MarkPoint, MemTable, Merge, Place, Run, span};
+use crate::manifest::{Keep, LayerMeta, Manifest, PieceMeta, Purpose};
 use crate::segment::scan;
 
 /// The most bytes that are merged at once, unless two pieces alone have more.
@@ -49,9 +46,6 @@ const WINDOW_ENTRIES: u64 = 256 * 1024;
 
 /// Bytes copied in one step.
 const STEP_BYTES: u64 = 8 << 20;
-
-/// Space to leave free on the volume, in bytes.
-const RESERVE_BYTES: u64 = 64 << 20;
 
 /// History that is to be given up and still takes space.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -93,7 +87,7 @@ impl Window {
 
 /// Entries to merge: of an index file, or of a part of a segment.
 #[derive(Debug)]
-enum Source {
+pub(super) enum Source {
     Run(Entries<Arc<Run>>),
     Table(std::vec::IntoIter<Item>),
 }
@@ -155,24 +149,12 @@ impl Plan {
     }
 }
 
-/// A layer that is being written.
+/// A layer that is being written, from what.
 #[derive(Debug)]
 struct Output {
     plan: Plan,
     merge: Merge<Source>,
-    run: RunWriter,
-    file: Option<LayerWriter>,
-    files: Vec<(Arc<LayerFile>, u64)>,
-}
-
-/// A layer whose files are complete.
-#[derive(Debug)]
-struct Finished {
-    piece: PieceMeta,
-    layer: LayerMeta,
-    meta: RunMeta,
-    run: Arc<Run>,
-    files: Vec<Arc<LayerFile>>,
+    layer: LayerOutput,
 }
 
 #[derive(Debug)]
@@ -180,25 +162,8 @@ struct Job {
     window: Window,
     plans: VecDeque<Plan>,
     output: Option<Output>,
-    finished: Vec<Finished>,
+    finished: Vec<WrittenLayer>,
     codecs: Codecs,
-    /// To remove what was written and never listed.
-    volume: Volume,
-    dir: std::path::PathBuf,
-}
-
-impl Drop for Job {
-    fn drop(&mut self) {
-        let written = self.output.iter().flat_map(|output| &output.files).map(|(file, _)| file);
-        for file in written.chain(self.finished.iter().flat_map(|layer| &layer.files)) {
-            let name = layer::file_name(file.ordinal);
-            let _ = self.volume.remove(&self.dir.join(LAYER_DIR).join(name));
-        }
-        for layer in &self.finished {
-            let name = run_file_name(layer.meta.file);
-            let _ = self.volume.remove(&self.dir.join(INDEX_DIR).join(name));
-        }
-    }
 }
 
 impl Group {
@@ -276,10 +241,8 @@ impl Group {
                 return Ok(Worked::Something);
             }
         };
-        let free = self.shared.volume.free_bytes(&self.dir);
-        let free = free.doing(|| "asking for free space".to_owned())?;
         let worth = window.bytes.saturating_sub(bytes) * 4 >= window.bytes;
-        if !worth || free < bytes.saturating_add(RESERVE_BYTES) {
+        if !worth || self.room_for_layers()? < bytes {
             to.poor.insert(window.key());
             return Ok(Worked::Something);
         }
@@ -289,8 +252,6 @@ impl Group {
             output: None,
             finished: Vec::new(),
             codecs: Codecs::new(),
-            volume: self.shared.volume.clone(),
-            dir: self.dir.clone(),
         }));
         Ok(Worked::Something)
     }
@@ -463,20 +424,20 @@ impl Group {
             let Some(output) = &mut job.output else {
                 let Some(plan) = job.plans.pop_front() else { return Ok(true) };
                 let merge = plan.merge()?;
-                let run = self.new_run()?;
-                job.output = Some(Output { plan, merge, run, file: None, files: Vec::new() });
+                let layer = LayerOutput::begin(self, plan.first, plan.last)?;
+                job.output = Some(Output { plan, merge, layer });
                 continue;
             };
             match output.merge.next().transpose()? {
                 Some((disk, extent, place)) => {
                     copied += extent.bytes().min(STEP_BYTES);
-                    let place = self.copy(output, &mut job.codecs, extent, &place)?;
-                    output.run.push(disk, extent, &place)?;
+                    self.copy(&mut output.layer, &mut job.codecs, (disk, extent, place))?;
                 }
                 None => {
-                    output.close_file()?;
-                    if let Some(output) = job.output.take() {
-                        job.finished.push(self.finish_output(output)?);
+                    if let Some(Output { plan, layer, .. }) = job.output.take() {
+                        let finished =
+                            layer.finish(plan.last_log_time, &plan.marks, &plan.catalog)?;
+                        job.finished.push(finished);
                     }
                 }
             }
@@ -484,109 +445,50 @@ impl Group {
         Ok(false)
     }
 
-    /// Copies a block, or the part of it that still counts; returns where it is now.
+    /// Copies a block, or the part of it that still counts.
     fn copy(
         &self,
-        output: &mut Output,
+        output: &mut LayerOutput,
         codecs: &mut Codecs,
-        extent: Extent,
-        place: &Place,
-    ) -> Result<Place> {
-        let Place::Block { segment, codec, sum, sectors, .. } = place else { return Ok(*place) };
-        let content = self.lock().content(*segment)?;
-        let pool = &self.shared.pool;
-        let stored = stored_block(pool, &content, place)?;
+        (disk, extent, place): Item,
+    ) -> Result<()> {
+        let (segment, codec, sum, sectors) = match place {
+            Place::Zero { trim } => return output.zero(disk, extent, trim),
+            Place::Block { segment, codec, sum, sectors, .. } => (segment, codec, sum, sectors),
+        };
+        let content = self.lock().content(segment)?;
+        let stored = stored_block(&self.shared.pool, &content, &place)?;
         // Verified in either case.
-        let part = part_of_block(&content, place, &stored, extent)?;
-        let mut encoded = Vec::new();
-        let (bytes, codec, sum, sectors) = if extent.sectors == u64::from(*sectors) {
-            (&*stored, *codec, *sum, *sectors)
-        } else {
-            let effort = if *codec == srn_core::frame::envelope::Codec::Raw {
-                Effort::None
-            } else {
-                Effort::Lz4
-            };
-            let how = codecs.encode(effort, &part, &mut encoded);
-            let sum = srn_core::bytes::content_sum(&part);
-            let sectors = u8::try_from(part.len() as u64 / SECTOR).unwrap_or(u8::MAX);
-            (&encoded[..], how.codec, sum, sectors)
-        };
-        if output.file.as_ref().is_some_and(|file| !file.has_room(bytes.len())) {
-            output.close_file()?;
+        let part = part_of_block(&content, &place, &stored, extent)?;
+        if extent.sectors == u64::from(sectors) {
+            return output.block(
+                disk,
+                extent.start,
+                Block { stored: &stored, codec, sum, sectors },
+            );
         }
-        let file = match &mut output.file {
-            Some(file) => file,
-            empty => empty.insert(self.new_layer_file(&output.plan)?),
+        let effort = if codec == Codec::Raw { Effort::None } else { Effort::Lz4 };
+        let mut encoded = Vec::new();
+        let how = codecs.encode(effort, &part, &mut encoded);
+        let block = Block {
+            stored: &encoded,
+            codec: how.codec,
+            sum: content_sum(&part),
+            sectors: u8::try_from(extent.sectors).unwrap_or(u8::MAX),
         };
-        let offset = file.push(bytes)?;
-        Ok(Place::Block {
-            segment: file.ordinal(),
-            offset,
-            stored_len: u32::try_from(bytes.len()).unwrap_or(u32::MAX),
-            codec,
-            sum,
-            sectors,
-            skip: 0,
-        })
-    }
-
-    fn new_layer_file(&self, plan: &Plan) -> Result<LayerWriter> {
-        let ordinal = self.lock().next_ordinal();
-        let header = LayerHeader { ordinal, group: self.id, first: plan.first, last: plan.last };
-        LayerWriter::create(&self.shared.volume, &self.dir.join(LAYER_DIR), &header)
-    }
-
-    fn finish_output(&self, output: Output) -> Result<Finished> {
-        let Output { plan, run, files, .. } = output;
-        let ordinal = self.lock().next_ordinal();
-        let meta = run.finish(&RunScope {
-            group: self.id,
-            level: 0,
-            first: plan.first,
-            last: plan.last,
-            pieces: (ordinal, ordinal),
-            points: &[],
-            marks: &plan.marks,
-            catalog: &plan.catalog,
-        })?;
-        let run = self.open_run(&meta)?;
-        let metas = files
-            .iter()
-            .map(|(file, bytes)| LayerFileMeta { ordinal: file.ordinal, bytes: *bytes });
-        Ok(Finished {
-            piece: PieceMeta {
-                ordinal,
-                first: plan.first,
-                last: plan.last,
-                last_log_time: plan.last_log_time,
-                is_prefix: false,
-            },
-            layer: LayerMeta { first: plan.first, last: plan.last, files: metas.collect() },
-            meta,
-            run,
-            files: files.into_iter().map(|(file, _)| file).collect(),
-        })
+        output.block(disk, extent.start, block)
     }
 
     /// Puts the layers in the place of the pieces.
-    fn finish(&self, mut job: Job) -> Result<()> {
-        let dir = self.dir.join(LAYER_DIR);
-        self.shared.volume.sync_dir(&dir).doing(|| format!("syncing {}", dir.display()))?;
+    fn finish(&self, job: Job) -> Result<()> {
+        self.sync_layers()?;
         let (window, layers) = (&job.window, &job.finished);
         let published = self.publish_if(
             |manifest| put_layers(manifest, window, layers),
-            |state| {
-                for layer in layers {
-                    state.runs.insert(layer.meta.file, layer.run.clone());
-                    let files = layer.files.iter().map(|file| (file.ordinal, file.clone()));
-                    state.layers.extend(files);
-                }
-            },
+            |state| layers.iter().for_each(|layer| layer.install(state)),
         )?;
         if published {
-            // They are listed now; nothing is to be removed.
-            job.finished.clear();
+            job.finished.into_iter().for_each(WrittenLayer::keep);
             self.forget_unlisted();
         }
         Ok(())
@@ -594,7 +496,7 @@ impl Group {
 }
 
 /// Changes the manifest, unless the pieces are not there any more or lines share only some of them.
-fn put_layers(manifest: &mut Manifest, window: &Window, layers: &[Finished]) -> bool {
+fn put_layers(manifest: &mut Manifest, window: &Window, layers: &[WrittenLayer]) -> bool {
     if window.pieces.is_empty() {
         return false;
     }
@@ -628,10 +530,7 @@ fn put_layers(manifest: &mut Manifest, window: &Window, layers: &[Finished]) -> 
         }
     }
     manifest.runs.retain(|file, _| !stale.contains(file));
-    for layer in layers {
-        manifest.runs.insert(layer.meta.file, layer.meta);
-        manifest.layers.insert(layer.piece.ordinal, layer.layer.clone());
-    }
+    layers.iter().for_each(|layer| layer.list(manifest));
     manifest.drop_unused();
     true
 }
@@ -664,16 +563,6 @@ impl Compacting {
         let there: BTreeSet<u32> = line.pieces.iter().map(|piece| piece.ordinal).collect();
         self.poor.retain(|(first, last, _)| there.contains(first) && there.contains(last));
         self.damaged.retain(|ordinal| there.contains(ordinal));
-    }
-}
-
-impl Output {
-    fn close_file(&mut self) -> Result<()> {
-        if let Some(file) = self.file.take() {
-            let (file, bytes) = file.finish()?;
-            self.files.push((Arc::new(file), bytes));
-        }
-        Ok(())
     }
 }
 

@@ -356,7 +356,7 @@ impl State {
         pieces.iter().map(|piece| self.run_of(piece)).collect()
     }
 
-    fn sources(
+    pub(super) fn sources(
         &self,
         pieces: &[PieceMeta],
         tables: &[(Arc<RwLock<MemTable>>, Arc<Segment>)],
@@ -473,6 +473,16 @@ impl View {
 const SPANS_MAX: usize = 4096;
 
 impl Sources {
+    /// The index files, newest first.
+    pub(super) fn runs(&self) -> &[Arc<Run>] {
+        &self.runs
+    }
+
+    /// The file that an index entry names.
+    pub(super) fn content(&self, ordinal: u32) -> Result<&Content> {
+        self.contents.get(&ordinal).ok_or_else(|| gone(ordinal))
+    }
+
     /// Who knows each part of `extent`, in order; `None` is the base.
     fn places(&self, disk: DiskNo, extent: Extent) -> Result<Vec<(Extent, Option<Place>)>> {
         let mut found: Vec<(Extent, Option<Place>)> = Vec::new();
@@ -506,7 +516,7 @@ impl Sources {
             match (place, &self.base) {
                 (Some(Place::Zero { .. }), _) | (None, None) => to.fill(0),
                 (Some(place @ Place::Block { segment, .. }), _) => {
-                    let content = self.contents.get(&segment).ok_or_else(|| gone(segment))?;
+                    let content = self.content(segment)?;
                     read_block(&group.shared.pool, content, &place, to)?;
                 }
                 (None, Some(base)) => base.read(disk, part, to)?,
