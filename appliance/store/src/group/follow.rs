@@ -9,7 +9,7 @@
 //!
 //! A new epoch's first frame comes from the peer; this node never writes one.
 
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 
 use srn_core::course::Course;
 use srn_core::epoch::EpochTable;
@@ -50,8 +50,7 @@ impl Group {
             Course::Leave { at, line } => {
                 while self.seal_oldest()? {}
                 {
-                    // No retirement is under way, and the view keeps the base behind the position.
-                    let _still = self.maintaining.lock().unwrap_or_else(PoisonError::into_inner);
+                    let _still = self.hold_still();
                     let view = self.view_at(at.seq)?;
                     let here = view.catalog().at;
                     if here != at {
@@ -92,7 +91,7 @@ impl Group {
         let line = self.epochs().fork(id, head).map_err(|error| {
             StoreError::Invalid(format!("epoch {id} cannot begin at {head}: {error}"))
         })?;
-        let _still = self.maintaining.lock().unwrap_or_else(PoisonError::into_inner);
+        let _still = self.hold_still();
         let view = self.view_at(head.seq)?;
         self.forget_recent_of_main();
         self.lay(&view, Laid { line, purpose: Purpose::Main, role: None, since })

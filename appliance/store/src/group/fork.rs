@@ -67,8 +67,7 @@ impl Group {
         }
         while self.seal_oldest()? {}
         let catalog = {
-            // No retirement is under way, and the view keeps the base behind the position.
-            let _still = self.maintaining.lock().unwrap_or_else(PoisonError::into_inner);
+            let _still = self.hold_still();
             let view = self.view_at(seq)?;
             let at = view.catalog().at;
             let line = self.epochs().fork(id, at).map_err(|error| {
@@ -85,9 +84,19 @@ impl Group {
         Ok(appender)
     }
 
+    /// Until what is returned is dropped no piece of history is retired, merged or sealed: what was
+    /// found of the lines stays so until it is published.
+    pub(super) fn hold_still(&self) -> impl Sized + '_ {
+        (
+            self.maintaining.lock().unwrap_or_else(PoisonError::into_inner),
+            self.compacting.lock().unwrap_or_else(PoisonError::into_inner),
+        )
+    }
+
     /// Adds a line that shares everything up to the view's position with the main line, whose
-    /// segments are all sealed, while no maintenance runs; one manifest says all of it. A new main
-    /// line takes the place of the old one: what that had behind the position is kept as a branch.
+    /// segments are all sealed, while everything is held still; one manifest says all of it. A new
+    /// main line takes the place of the old one: what that had behind the position is kept as a
+    /// branch.
     pub(super) fn lay(self: &Arc<Self>, view: &View, laid: Laid) -> Result<()> {
         let Laid { line, purpose, role, since } = laid;
         let (catalog, id) = (view.catalog(), line.current());
