@@ -108,6 +108,12 @@ impl Receiver {
         self.stream.is_some()
     }
 
+    /// Whether its frames have begun to come: until then the primary may not agree.
+    #[must_use]
+    pub fn has_begun(&self) -> bool {
+        self.stream.as_ref().is_some_and(|stream| stream.begun)
+    }
+
     /// Judges an offer; `window` is the most that may be on its way or waiting in memory, in
     /// bytes of frames. Everything received before must be durable or dropped.
     pub fn on_offer(&mut self, offer: &Offer, window: u64) -> Answer {

@@ -75,6 +75,12 @@ pub enum Cause {
     PeerAhead,
     /// Neither history continues the other.
     HistoriesDiffer,
+    /// The peer offers less than this node holds: it was set back.
+    PeerSetBack,
+    /// Both nodes are primary, and neither history continues the other.
+    TwoPrimaries,
+    /// Both nodes are secondary: nobody writes the group's log.
+    NoPrimary,
     /// The peer needs frames that are no longer in the log.
     TooFarBehind,
     /// The state volume failed.
@@ -167,6 +173,9 @@ impl Cause {
             Self::Handover => "drained for a planned failover",
             Self::PeerAhead => "the peer holds newer frames than this node, which was set back",
             Self::HistoriesDiffer => "the histories of the two nodes differ",
+            Self::PeerSetBack => "the peer was set back and offers less than this node holds",
+            Self::TwoPrimaries => "both nodes are primary, and neither history continues the other",
+            Self::NoPrimary => "both nodes are secondary, nobody is primary",
             Self::TooFarBehind => "the peer needs frames that are no longer in the log here",
             Self::DiskFailed => "the state volume failed",
             Self::Corrupt => "the log is damaged",

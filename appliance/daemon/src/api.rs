@@ -7,6 +7,7 @@ mod exports;
 mod integrity;
 mod nbd_certs;
 mod points;
+mod reversal;
 mod routes;
 
 use std::path::Path;

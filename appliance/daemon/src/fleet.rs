@@ -84,6 +84,12 @@ impl Priority {
     }
 }
 
+/// Seconds that branches are kept unless said otherwise: 30 days.
+#[must_use]
+pub const fn keep_branches_default_s() -> u64 {
+    30 * 24 * 3600
+}
+
 /// A group's settings at this node.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GroupRecord {
@@ -106,6 +112,9 @@ pub struct GroupRecord {
     pub checkpoint_every_s: u64,
     /// Seconds of history that stay recoverable, where a replica is kept.
     pub history_s: u64,
+    /// Seconds that branches are kept: what a failover has left behind.
+    #[serde(default = "keep_branches_default_s")]
+    pub keep_branches_s: u64,
     /// The most that the log may take, in bytes.
     pub log_cap_bytes: u64,
     /// A program that is run before a forced failover and makes sure that production is off.

@@ -1,11 +1,13 @@
 //! A protection group as this node runs it: its store, its engine, its side of the link, its
 //! sources and its exports.
 
+mod branches;
 mod breaker;
 mod checkpoint;
 pub mod effort;
 pub mod engine;
 mod export;
+mod following;
 mod handover;
 mod incoming;
 pub mod integrity;
@@ -21,12 +23,15 @@ mod status;
 mod synchronous;
 mod takeover;
 mod watch;
+mod ways_out;
 
+pub use branches::BranchStatus;
 pub use export::{DiskExport, ReadOnlyExport, Slot, Slots};
+pub use following::Reversal;
 pub use handover::Kept;
-pub use incoming::FAILED_OVER;
 pub use status::{CheckpointStatus, DiskStatus, GroupStatus, LinkStatus, LogStatus, UpkeepStatus};
 pub use synchronous::SyncStatus;
+pub use ways_out::EpochStatus;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
@@ -122,6 +127,10 @@ struct Facts {
     kept: u32,
     /// Whether this node has become primary is not known: the medium failed in the middle.
     fork_uncertain: bool,
+    /// What the peer has offered although this node is primary.
+    offered: Option<following::Offered>,
+    /// The session in which the peer has said that it is secondary too.
+    no_primary: Option<u64>,
     /// Mirrored disks whose servers write nothing now, and all that they wrote is here.
     halted: std::collections::BTreeSet<DiskNo>,
     /// At start without the peer: exports stay closed until it has been heard.
@@ -368,6 +377,12 @@ impl Group {
         self.role() == Role::Primary && self.store.epochs().list().len() > 1
     }
 
+    /// Whether this node has taken over from its peer, and that has not followed since.
+    #[must_use]
+    pub fn awaits_reversal(&self) -> bool {
+        self.has_failed_over() && self.store.acked() == Seq::ZERO
+    }
+
     /// The fence, if there is one.
     #[must_use]
     pub fn fence(&self) -> Option<Fence> {
@@ -455,8 +470,8 @@ impl Group {
                 )
             } else {
                 format!(
-                    "nothing is written here any more (when nothing here is needed: srn group \
-                     delete {name})"
+                    "nothing is written here any more (to let this node follow its peer: srn group \
+                     reverse {name})"
                 )
             };
             return Err(Failure::refused(format!(
@@ -635,6 +650,7 @@ impl Group {
     /// Once a second: checkpoints that are due, words to the peer, states.
     pub async fn tick(self: &Arc<Self>) {
         self.look_for_room();
+        self.expire_branches().await;
         self.periodic_checkpoint().await;
         self.offer_again().await;
         self.tell_progress();

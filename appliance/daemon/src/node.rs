@@ -3,11 +3,13 @@
 pub mod backend;
 mod groups;
 mod peers;
+mod reversal;
 mod shaping;
 mod state_dir;
 
 pub use groups::GroupRequest;
 pub use peers::PeerStatus;
+pub use reversal::ReversalRequest;
 pub use state_dir::StateDir;
 
 use std::collections::BTreeMap;

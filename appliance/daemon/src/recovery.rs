@@ -187,6 +187,26 @@ impl Recoveries {
         of_group.map(|recovery| recovery.record.id.clone()).collect()
     }
 
+    /// The machines that run from a group's newest state, tests aside.
+    #[must_use]
+    pub fn machines_of(&self, group: GroupId) -> Vec<String> {
+        self.real(group, |phase| !matches!(phase, Phase::Served | Phase::Ended | Phase::Failed))
+    }
+
+    /// Recoveries of a group without a machine, tests aside.
+    #[must_use]
+    pub fn disks_of(&self, group: GroupId) -> Vec<String> {
+        self.real(group, |phase| matches!(phase, Phase::Served | Phase::Ended | Phase::Failed))
+    }
+
+    fn real(&self, group: GroupId, is: impl Fn(Phase) -> bool) -> Vec<String> {
+        let all = self.lock();
+        let found = all.values().filter(|recovery| {
+            !recovery.record.test && recovery.group.id() == group && is(recovery.progress().phase)
+        });
+        found.map(|recovery| recovery.record.id.clone()).collect()
+    }
+
     /// All of them, as people see them.
     #[must_use]
     pub fn statuses(&self, _node: &Node) -> Vec<RecoveryStatus> {

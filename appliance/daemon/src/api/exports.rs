@@ -16,9 +16,11 @@ use axum::response::Response;
 use serde::{Deserialize, Serialize};
 use srn_core::limits::SECTOR;
 use srn_core::state::Content;
+use srn_store::group::View;
 
 use super::routes::Body;
 use crate::error::{Failure, Result};
+use crate::group::Group;
 use crate::node::Node;
 use crate::node::backend::Extra;
 use crate::point::{Point, choose};
@@ -36,6 +38,9 @@ pub struct ExportRequest {
     pub disk: String,
     /// A point as [`crate::point::choose`] takes it.
     pub at: String,
+    /// A branch, by the beginning of its id; none for the group's history.
+    #[serde(default)]
+    pub branch: Option<String>,
 }
 
 /// An export that is open.
@@ -59,17 +64,10 @@ pub(super) async fn open(
 ) -> Result<Response> {
     static NEXT: AtomicU64 = AtomicU64::new(1);
     let group = node.find_group(&request.group)?;
-    let point = {
-        let group = group.clone();
-        let at = request.at.clone();
-        tokio::task::spawn_blocking(move || choose(&group, &at))
+    let (view, words) = match &request.branch {
+        Some(branch) => group.view_branch(branch, &request.at).await?,
+        None => newest_or(&group, &request.at).await?,
     };
-    let Point { seq, words } =
-        point.await.map_err(|error| Failure::internal(format!("a task ended: {error}")))??;
-    let store = group.store().clone();
-    let view = tokio::task::spawn_blocking(move || store.view_at(seq));
-    let view =
-        view.await.map_err(|error| Failure::internal(format!("a task ended: {error}")))??;
     let catalog = view.catalog();
     let (disk, found) = catalog.by_name(&request.disk).ok_or_else(|| {
         let known: Vec<&str> = catalog.disks.values().map(|disk| disk.name.as_str()).collect();
@@ -111,6 +109,16 @@ pub(super) async fn open(
     let pulse = tokio::time::interval(PULSE);
     let lines = Lines { first: Some(line), pulse, _held: held };
     Ok(Response::new(HttpBody::from_stream(lines)))
+}
+
+/// The group's own history at a point that a person names.
+async fn newest_or(group: &Arc<Group>, at: &str) -> Result<(View, String)> {
+    let (group, at) = (group.clone(), at.to_owned());
+    let found = tokio::task::spawn_blocking(move || {
+        let Point { seq, words } = choose(&group, &at)?;
+        Ok((group.store().view_at(seq)?, words))
+    });
+    found.await.map_err(|error| Failure::internal(format!("a task ended: {error}")))?
 }
 
 /// Withdraws the export when dropped.

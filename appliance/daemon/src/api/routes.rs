@@ -12,7 +12,7 @@ use srn_core::limits::{DISK_SECTORS_MAX, SECTOR};
 use srn_core::name::Name;
 use srn_core::token::Token;
 
-use super::{exports, integrity, nbd_certs, points};
+use super::{exports, integrity, nbd_certs, points, reversal};
 use crate::config::Size;
 use crate::error::{Failure, Result};
 use crate::fleet::{
@@ -52,6 +52,9 @@ pub(super) fn router(node: Arc<Node>) -> Router {
         .route("/v1/groups/{group}/checkpoints", get(points::list).post(points::create))
         .route("/v1/groups/{group}/checkpoints/{name}", patch(points::note).delete(points::remove))
         .route("/v1/groups/{group}/history", get(points::history))
+        .route("/v1/groups/{group}/reversal", post(reversal::reverse))
+        .route("/v1/groups/{group}/branches", get(reversal::branches))
+        .route("/v1/groups/{group}/branches/{branch}", delete(reversal::delete_branch))
         .route("/v1/groups/{group}/recoveries", post(start_recovery))
         .route("/v1/groups/{group}/verify", post(integrity::verify))
         .route("/v1/recoveries", get(recoveries))
@@ -156,6 +159,10 @@ pub struct GroupChange {
     pub checkpoint_every_s: Option<u64>,
     /// Seconds of history that stay recoverable here.
     pub history_s: Option<u64>,
+    /// The peer to replicate with from now on, by its name.
+    pub peer: Option<String>,
+    /// Seconds that branches are kept.
+    pub keep_branches_s: Option<u64>,
     /// What a full log does.
     pub full_policy: Option<FullPolicy>,
     /// At start without the peer.
@@ -193,11 +200,14 @@ async fn change_group(
     if matches!(change.synchronous, Some(Synchronous::Wait | Synchronous::Degrade)) {
         group.check_synchronous()?;
     }
+    let peer = change.peer.as_deref().map(|peer| node.find_peer(peer)).transpose()?;
+    let peer = peer.map(|(id, record)| (id, record.name));
     group.change_settings(|record| {
         record.synchronous = change.synchronous.unwrap_or(record.synchronous);
         let set = |to: &mut u64, from: Option<u64>| *to = from.unwrap_or(*to);
         set(&mut record.checkpoint_every_s, change.checkpoint_every_s);
         set(&mut record.history_s, change.history_s);
+        set(&mut record.keep_branches_s, change.keep_branches_s);
         set(&mut record.log_cap_bytes, change.log_cap_bytes);
         record.full_policy = change.full_policy.unwrap_or(record.full_policy);
         record.priority = change.priority.unwrap_or(record.priority);
@@ -206,6 +216,12 @@ async fn change_group(
             record.fence_hook = (!hook.as_os_str().is_empty()).then_some(hook);
         }
     })?;
+    if let Some((peer, name)) = peer {
+        group.set_peer(peer, &name).await?;
+        if let Some(session) = node.session_with(peer) {
+            group.session_up(&session).await;
+        }
+    }
     if change.isolated_start == Some(IsolatedStart::Serve) {
         group.stop_waiting();
     }

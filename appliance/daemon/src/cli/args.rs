@@ -208,6 +208,9 @@ pub(super) struct Settings {
     /// How far back every write stays recoverable, where a replica is kept.
     #[arg(long, value_parser = parse_duration, value_name = "DURATION")]
     pub(super) history: Option<std::time::Duration>,
+    /// How long branches are kept, which failovers leave behind [default: 30days].
+    #[arg(long, value_parser = parse_duration, value_name = "DURATION")]
+    pub(super) keep_branches: Option<std::time::Duration>,
     /// The most that the log may take, for example 10G.
     #[arg(long, value_parser = parse_size, value_name = "SIZE")]
     pub(super) log_size: Option<u64>,
@@ -244,6 +247,9 @@ pub(super) enum GroupCommand {
         name: String,
         #[command(flatten)]
         settings: Settings,
+        /// The peer to replicate with from now on, when the one before is lost or was made anew.
+        #[arg(long)]
+        peer: Option<String>,
         /// A program that is run before a forced failover and makes sure that production is off;
         /// empty for none.
         #[arg(long, value_name = "PROGRAM")]
@@ -258,15 +264,50 @@ pub(super) enum GroupCommand {
     Resume {
         /// The group.
         name: String,
-        /// Production goes on although it was drained for a failover: I have made sure that the
-        /// recovery node has not taken over, and will not.
+        /// This node goes on although it is fenced: I have made sure that the peer has not taken
+        /// over, and will not, or that it is lost.
         #[arg(long)]
         yes_not_taken_over: bool,
     },
+    /// Turn the direction after a failover: at the node that was primary before, let it follow its
+    /// peer. What only this node has is kept as a branch.
+    Reverse {
+        /// The group.
+        name: String,
+        /// This node gives way although nothing says that the peer took over from it: both are
+        /// primary.
+        #[arg(long)]
+        give_way: bool,
+        /// Do not ask.
+        #[arg(long)]
+        yes: bool,
+    },
+    /// List branches: what failovers have left behind on this node.
+    Branches {
+        /// The group.
+        name: String,
+    },
+    /// Branches of a group, one by one.
+    #[command(subcommand)]
+    Branch(BranchCommand),
     /// Delete what this node keeps of a group. What the peer keeps stays.
     Delete {
         /// The group.
         name: String,
+        /// Do not ask.
+        #[arg(long)]
+        yes: bool,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum BranchCommand {
+    /// Delete a branch. No other node has it.
+    Delete {
+        /// The group.
+        group: String,
+        /// The branch, as listed.
+        id: String,
         /// Do not ask.
         #[arg(long)]
         yes: bool,
@@ -396,6 +437,9 @@ pub(super) struct ExportArgs {
     pub(super) disk: String,
     #[arg(long, default_value = "latest", value_name = "POINT", allow_hyphen_values = true, help = AT_HELP)]
     pub(super) at: String,
+    /// Of a branch: what to export is its end, one of its checkpoints, or one of its frames.
+    #[arg(long, value_name = "ID")]
+    pub(super) branch: Option<String>,
     /// Write a raw disk image.
     #[arg(long, group = "to", value_name = "FILE")]
     pub(super) raw: Option<PathBuf>,

@@ -10,7 +10,7 @@ use super::args::{
     MachineArgs, OnFull, OnIsolatedStart, PeerCommand, Settings, Sync, TokenCommand,
 };
 use super::client::{Client, segment};
-use super::{copy, integrity, nbd_cert, points, render, say, say_error};
+use super::{copy, integrity, nbd_cert, points, render, reversal, say, say_error};
 use crate::api::{
     AddDisk, ExportRequest, GroupChange, OpenExport, PairRequest, StopRequest, TokenRequest,
 };
@@ -144,6 +144,7 @@ fn change(settings: &Settings) -> GroupChange {
     GroupChange {
         checkpoint_every_s: settings.checkpoint_every.map(|every| every.as_secs()),
         history_s: settings.history.map(|history| history.as_secs()),
+        keep_branches_s: settings.keep_branches.map(|keep| keep.as_secs()),
         full_policy: settings.on_full.map(|policy| match policy {
             OnFull::Throttle => FullPolicy::Throttle,
             OnFull::Stop => FullPolicy::Stop,
@@ -204,8 +205,8 @@ async fn group(client: &Client, out: &Out, command: GroupCommand) -> Result<()> 
             let group: GroupStatus = client.get(&path(&name)?).await?;
             out.show(&group, render::group);
         }
-        GroupCommand::Set { name, settings, fence_hook } => {
-            let change = GroupChange { fence_hook, ..change(&settings) };
+        GroupCommand::Set { name, settings, peer, fence_hook } => {
+            let change = GroupChange { peer, fence_hook, ..change(&settings) };
             let group: GroupStatus = client.patch(&path(&name)?, &change).await?;
             out.show(&group, render::group);
         }
@@ -213,6 +214,11 @@ async fn group(client: &Client, out: &Out, command: GroupCommand) -> Result<()> 
         GroupCommand::Resume { name, yes_not_taken_over } => {
             pause(client, out, &path(&name)?, false, yes_not_taken_over).await?;
         }
+        GroupCommand::Reverse { name, give_way, yes } => {
+            reversal::reverse(client, out, name, give_way, yes).await?;
+        }
+        GroupCommand::Branches { name } => reversal::branches(client, out, &name).await?,
+        GroupCommand::Branch(command) => reversal::branch(client, out, command).await?,
         GroupCommand::Delete { name, yes } => {
             // A group that cannot be opened can still be deleted: only the question needs to know it.
             if !yes {
@@ -246,7 +252,7 @@ async fn pause(
 
 /// Asks a person to type a word before something that cannot be undone. `option` says yes without
 /// being asked.
-fn confirm(what: &str, word: &str, option: &str) -> Result<()> {
+pub(super) fn confirm(what: &str, word: &str, option: &str) -> Result<()> {
     if !std::io::stdin().is_terminal() {
         return Err(Failure::refused(format!(
             "{what} There is no terminal to confirm it at; use {option}"
@@ -474,7 +480,8 @@ async fn start(client: &Client, out: &Out, group: &str, request: RecoveryRequest
 }
 
 async fn export(client: &Client, out: &Out, args: ExportArgs) -> Result<()> {
-    let request = ExportRequest { group: args.group, disk: args.disk, at: args.at };
+    let request =
+        ExportRequest { group: args.group, disk: args.disk, at: args.at, branch: args.branch };
     if let Some(path) = &args.raw
         && path.exists()
         && !args.force

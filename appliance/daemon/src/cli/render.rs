@@ -262,6 +262,13 @@ pub(super) fn group(group: &GroupStatus) -> String {
         humantime::format_duration(std::time::Duration::from_secs(seconds)).to_string()
     };
     out.push(format!("  id {}, epoch {}", group.id, group.epoch));
+    out.extend(group.epochs.iter().skip(1).map(|epoch| {
+        let id: String = epoch.id.chars().take(8).collect();
+        format!("  epoch {id} forked behind frame {}", epoch.forked_from)
+    }));
+    out.extend((group.branches > 0).then(|| {
+        format!("  branches kept here: {} (srn group branches {})", group.branches, group.name)
+    }));
     out.push(format!(
         "  {}, history of {}",
         if group.checkpoint_every_s == 0 {

@@ -85,6 +85,16 @@ impl Group {
         }
     }
 
+    /// A recovered server runs from the group here: it is stopped first, by a person.
+    pub async fn cannot_be_drained(&self, session: &Session, recovered: &str) {
+        let text = format!(
+            "the recovered server {recovered} runs there from group {}; stop it first with srn \
+             failover stop {recovered}",
+            self.name()
+        );
+        let _ = session.send(&self.refuse(RefuseCode::NotDrained, text)).await;
+    }
+
     /// Begins it, if nothing is in the way and nobody else has.
     fn begin_handover(&self, session: &Session) -> Result<()> {
         self.check_writable()?;
@@ -260,7 +270,10 @@ impl Group {
     /// When it was not handed over.
     pub async fn reclaim(self: &Arc<Self>) -> Result<()> {
         let name = self.name();
-        let fence = self.fence().filter(|fence| fence.cause == Cause::Handover);
+        let fence = self.fence();
+        if fence.as_ref().is_some_and(|fence| fence.cause == Cause::FailoverAtPeer) {
+            return self.take_back().await;
+        }
         if fence.is_none() {
             return Err(Failure::conflict(format!(
                 "group {name} was not drained for a failover, so there is nothing to take back"

@@ -32,10 +32,6 @@ const WINDOWS_BYTES: u64 = 64 << 20;
 /// Less would make a group crawl: a few of the largest frames.
 const WINDOW_BYTES_MIN: u64 = 1 << 20;
 
-/// Why the history of a group that has failed over is not taken in.
-pub const FAILED_OVER: &str = "the group has failed over since; replicating back what was written \
-                               after that is not possible yet";
-
 /// The secondary's side of one session.
 #[derive(Debug)]
 pub(super) struct Incoming {
@@ -47,6 +43,8 @@ pub(super) struct Incoming {
     _acker: AbortOnDropHandle<()>,
     /// What the primary said last, and when.
     progress: Option<(Progress, Mono)>,
+    /// Why its offer was refused, if it was.
+    refused: Option<(Cause, String)>,
     /// What the primary said when it was asked to hand over: its last frame, or why it does not.
     pub(super) drained: Option<Result<Position, String>>,
 }
@@ -71,6 +69,16 @@ impl Incoming {
     /// What the primary said last, and when.
     pub(super) const fn progress(&self) -> Option<&(Progress, Mono)> {
         self.progress.as_ref()
+    }
+
+    /// Whether the primary has begun to send.
+    pub(super) fn has_begun(&self) -> bool {
+        lock(&self.receiver).has_begun()
+    }
+
+    /// Why its offer was refused, if it was.
+    pub(super) const fn refused(&self) -> Option<&(Cause, String)> {
+        self.refused.as_ref()
     }
 
     /// Whether frames can flow.
@@ -101,23 +109,28 @@ impl Group {
 
     async fn judge(self: &Arc<Self>, session: &Session, offer: Offer, groups: usize) {
         self.look_for_failover(&offer.epochs).await;
+        if self.role() == Role::Primary {
+            self.remember_offer(session, &offer);
+        }
         if let Some((code, text)) = self.objection() {
             let _ = session.send(&self.answer(code, text)).await;
-            return;
+            return self.review();
         }
+        self.facts().no_primary = None;
         // Frames of an earlier stream must be durable or dropped before this is judged.
         self.end_stream();
+        let left = self.leave_line(&offer).await;
         let stream = self.engine().drop_frames().await;
         let mut receiver = Receiver::new(self.id, self.store.epochs(), self.store.head());
         let window =
             (WINDOWS_BYTES / groups.max(1) as u64).clamp(WINDOW_BYTES_MIN, WINDOW_BYTES_MAX);
-        let answer = match receiver.on_offer(&offer, window) {
-            // The epochs of a replica are those it was made with.
-            Answer::Accept { .. } if offer.epochs.current() != self.store.epochs().current() => {
-                receiver.on_link_down();
-                Answer::Refuse(RefuseCode::Diverged)
-            }
-            answer => answer,
+        let (answer, why) = match left {
+            Ok(()) => (receiver.on_offer(&offer, window), None),
+            Err((code, why)) => (Answer::Refuse(code), Some(why)),
+        };
+        let refused = match answer {
+            Answer::Accept { .. } => None,
+            Answer::Refuse(code) => Some((code, why.unwrap_or_else(|| self.why_not(code, &offer)))),
         };
         let to_say: Arc<ToSay> = Arc::default();
         let acker = self.context.link().spawn(say(self.clone(), session.clone(), to_say.clone()));
@@ -129,6 +142,7 @@ impl Group {
             reader: None,
             _acker: AbortOnDropHandle::new(acker),
             progress: None,
+            refused: refused.as_ref().map(|(code, text)| (cause_of(*code), text.clone())),
             drained: None,
         });
         let message = match answer {
@@ -141,22 +155,7 @@ impl Group {
                 Message::Accept(Accept { group: self.id, nonce: offer.nonce, position, credit })
             }
             Answer::Refuse(code) => {
-                let text = match code {
-                    RefuseCode::TooFarBehind => format!(
-                        "the recovery node is at frame {}, the log of the production node begins \
-                         at {}",
-                        self.store.head().seq,
-                        offer.oldest
-                    ),
-                    _ if offer.epochs.contains(self.store.epochs().current()) => {
-                        FAILED_OVER.to_owned()
-                    }
-                    _ => format!(
-                        "the recovery node is at {}, which is not part of the history of the \
-                         production node",
-                        self.store.head()
-                    ),
-                };
+                let text = refused.map(|(_, text)| text).unwrap_or_default();
                 self.context.event(Level::Alert, Some(&self.name()), &text);
                 self.answer(code, text)
             }
@@ -166,6 +165,25 @@ impl Group {
             let _ = session.send(&Message::Hindrance { group: self.id, text }).await;
         }
         self.review();
+    }
+
+    /// Why an offer cannot be accepted, in words.
+    fn why_not(&self, code: RefuseCode, offer: &Offer) -> String {
+        let head = self.store.head();
+        match code {
+            RefuseCode::TooFarBehind => format!(
+                "the recovery node is at frame {}, the log of the production node begins at {}",
+                head.seq, offer.oldest
+            ),
+            RefuseCode::Ahead => format!(
+                "the recovery node is at {head}, the production node only at {}: that was set back",
+                offer.head
+            ),
+            _ => format!(
+                "the recovery node is at {head}, which is not part of the history of the \
+                 production node"
+            ),
+        }
     }
 
     /// A peer that offers a newer epoch of what this node is primary of has taken over. A primary
@@ -296,6 +314,15 @@ impl Group {
         {
             incoming.progress = Some((progress, clock::mono()));
         }
+    }
+}
+
+/// What the state of a secondary is when it has refused its primary's offer so.
+const fn cause_of(code: RefuseCode) -> Cause {
+    match code {
+        RefuseCode::Ahead => Cause::PeerSetBack,
+        RefuseCode::TooFarBehind => Cause::TooFarBehind,
+        _ => Cause::HistoriesDiffer,
     }
 }
 

@@ -222,7 +222,10 @@ fn retention(group: &Group) -> Retention {
 
 /// A primary keeps what its peer has not got.
 fn unsent(group: &Group, keep_from: Seq) -> Retention {
-    let acked = group.store().acked();
-    let sends = group.role() == Role::Primary && group.peer().is_some() && !group.has_failed_over();
+    // After a failover, what the old primary lacks: while there is room for it.
+    let acked = if group.awaits_reversal() { group.fork() } else { group.store().acked() };
+    let sends = group.role() == Role::Primary
+        && group.peer().is_some()
+        && !(group.awaits_reversal() && group.is_short_of_room());
     Retention::from(if sends { keep_from.min(acked) } else { keep_from })
 }

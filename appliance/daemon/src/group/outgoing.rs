@@ -12,7 +12,7 @@ use srn_core::state::{Cause, Link};
 use srn_core::time::Mono;
 use srn_core::wire::{Accept, Message, Offer, OfferedDisk, Progress, Refuse, RefuseCode};
 use srn_link::Session;
-use srn_store::manifest::Fence;
+use srn_store::manifest::{Fence, Role};
 use tokio::sync::Notify;
 use tokio_util::task::AbortOnDropHandle;
 
@@ -200,6 +200,8 @@ impl Group {
             Ok(hash) => hash,
             Err(error) => return self.cannot_send(&format!("looking up frame {seq}: {error}")),
         };
+        // It is secondary, whatever it has offered before.
+        self.facts().offered = None;
         if let Some(lifts) = self.is_answered(session, accept.nonce) {
             // The peer has not taken over: whoever waited for that may go on.
             self.peer_has_not_taken_over(lifts).await;
@@ -279,6 +281,11 @@ impl Group {
     /// there, and at risk again here.
     fn peer_holds(&self, acked: Seq) {
         let before = self.store.acked();
+        if before == Seq::ZERO && self.has_failed_over() {
+            // It has turned round, and gets what was written here since.
+            self.store.set_acked(acked);
+            return self.at_risk_again();
+        }
         if acked >= before {
             self.store.set_acked(acked);
             self.lag().acknowledged(acked);
@@ -291,10 +298,17 @@ impl Group {
         );
         self.context.event(Level::Alert, Some(&self.name()), &text);
         self.store.set_back_acked(acked);
+        self.at_risk_again();
+    }
+
+    /// Of what the peer has not got it is not known any more when it was written.
+    fn at_risk_again(&self) {
         let (head, bytes) = (self.store.head().seq, self.store.unacked_bytes());
         let mut lag = self.lag();
         *lag = Lag::default();
-        lag.inherited(head, bytes, clock::mono());
+        if bytes > 0 {
+            lag.inherited(head, bytes, clock::mono());
+        }
     }
 
     /// The log cannot be read for the peer. That is this group's trouble, and not that of others
@@ -389,12 +403,19 @@ impl Group {
     /// The peer says what hinders it; nothing when the text is empty. What it refused because of
     /// that is then offered again.
     pub(super) async fn on_hindrance(self: &Arc<Self>, session: &Session, text: String) {
+        if self.role() == Role::Secondary {
+            // Only a secondary says so: then there are two.
+            self.facts().no_primary = Some(session.number());
+            return self.review();
+        }
         let again = match &mut *self.side() {
             Side::Outgoing(outgoing) if outgoing.session.number() == session.number() => {
                 outgoing.hindrance = (!text.is_empty()).then_some(text);
                 let refused = matches!(
                     lock(&outgoing.sender).phase(),
-                    Phase::Stopped(Stop::Refused(RefuseCode::Paused | RefuseCode::Storage))
+                    Phase::Stopped(Stop::Refused(
+                        RefuseCode::Fenced | RefuseCode::Paused | RefuseCode::Storage
+                    ))
                 );
                 refused && outgoing.hindrance.is_none()
             }

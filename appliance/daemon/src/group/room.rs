@@ -115,8 +115,13 @@ impl Group {
     pub(super) fn history_gives_way(&self) -> bool {
         self.role() == Role::Primary
             && self.record_has_peer()
-            && !self.has_failed_over()
-            && self.facts().stalled_at.is_some_and(|at| !is_older(at, SHORT_OF_ROOM))
+            && !self.awaits_reversal()
+            && self.is_short_of_room()
+    }
+
+    /// Whether somebody has waited for room here of late.
+    pub(super) fn is_short_of_room(&self) -> bool {
+        self.facts().stalled_at.is_some_and(|at| !is_older(at, SHORT_OF_ROOM))
     }
 
     /// After a full log has ended protection: takes writes again if there is room now.

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use srn_core::frame::MarkKind;
-use srn_core::ids::CheckpointId;
+use srn_core::ids::{CheckpointId, NodeId};
 use srn_core::state::Cause;
 use srn_core::wire::{Message, RefuseCode};
 use srn_link::Session;
@@ -36,6 +36,27 @@ impl Group {
         }
         let what = if paused { "paused" } else { "resumed" };
         self.context.event(Level::Info, Some(&self.name()), &format!("{what} by an administrator"));
+        self.review();
+        Ok(())
+    }
+
+    /// Replicates the group with another peer from now on: the one before is lost, or has a new key.
+    ///
+    /// # Errors
+    /// While it is handed over; when the setting cannot be written.
+    pub async fn set_peer(self: &Arc<Self>, peer: NodeId, name: &str) -> Result<()> {
+        let _kept = self.keep()?;
+        let _held = self.offers.clone().lock_owned().await;
+        self.change_settings(|record| record.peer = Some(peer.to_string()))?;
+        self.end_stream();
+        *self.side() = Side::Apart;
+        {
+            let mut facts = self.facts();
+            facts.offered = None;
+            facts.no_primary = None;
+        }
+        let text = format!("replicated with peer {name} from now on");
+        self.context.event(Level::Info, Some(&self.name()), &text);
         self.review();
         Ok(())
     }
@@ -137,6 +158,7 @@ impl Group {
         if same {
             self.end_stream();
             *self.side() = Side::Apart;
+            self.facts().no_primary = None;
             self.review();
         }
     }

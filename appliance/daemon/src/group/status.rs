@@ -12,6 +12,7 @@ use std::sync::atomic::Ordering;
 
 use super::integrity::WorkStatus;
 use super::synchronous::SyncStatus;
+use super::ways_out::EpochStatus;
 use super::{Group, Side};
 use crate::clock;
 use crate::fleet::{FullPolicy, IsolatedStart, Level, Priority, Source};
@@ -53,6 +54,10 @@ pub struct GroupStatus {
     pub acknowledged: Option<u64>,
     /// The epoch.
     pub epoch: String,
+    /// The epochs that lead to it, oldest first.
+    pub epochs: Vec<EpochStatus>,
+    /// Branches that are kept here.
+    pub branches: usize,
     /// The disks.
     pub disks: Vec<DiskStatus>,
     /// The log.
@@ -212,15 +217,23 @@ impl From<&Checkpoint> for CheckpointStatus {
 impl Group {
     /// How the link stands for this group, and in words what the peer said.
     fn link_state(&self) -> (Link, Option<String>) {
-        if self.has_failed_over() {
+        if self.has_rival() {
+            return (Link::Diverged(Cause::TwoPrimaries), None);
+        }
+        if self.awaits_reversal() {
             return (Link::FailedOver, None);
         }
+        let no_primary = self.role() == Role::Secondary && self.facts().no_primary.is_some();
         match &*self.side() {
             Side::Apart if !self.record_has_peer() => (Link::NoPeer, None),
+            _ if no_primary => (Link::Diverged(Cause::NoPrimary), None),
             Side::Apart => (Link::Down, None),
             Side::Outgoing(outgoing) => outgoing.link(),
-            Side::Incoming(incoming) if incoming.is_streaming() => (Link::Streaming, None),
-            Side::Incoming(_) => (Link::Negotiating, None),
+            Side::Incoming(incoming) => match incoming.refused() {
+                Some((cause, text)) => (Link::Diverged(*cause), Some(text.clone())),
+                None if incoming.has_begun() => (Link::Streaming, None),
+                None => (Link::Negotiating, None),
+            },
         }
     }
 
@@ -331,7 +344,7 @@ impl Group {
     fn lag_status(&self) -> (Option<f64>, Option<u64>, Option<String>) {
         let seconds = |us: u64| us as f64 / 1e6;
         if self.role() == Role::Primary {
-            if !self.record_has_peer() || self.has_failed_over() {
+            if !self.record_has_peer() || self.awaits_reversal() {
                 return (None, None, None);
             }
             let behind = self.lag().behind(clock::mono());
@@ -362,6 +375,10 @@ impl Group {
             .find(|(_, s, c, _)| (*s, *c) == (state, cause))
             .and_then(|(.., detail)| detail.clone())
             .or_else(|| self.state_facts(Content::Clean, None).1);
+        let detail = match (detail, self.way_out(cause)) {
+            (Some(detail), Some(way_out)) => Some(format!("{detail}; {way_out}")),
+            (detail, way_out) => detail.or(way_out),
+        };
         let (lag_seconds, lag_bytes, lag_unknown_since) = self.lag_status();
         let record = self.settings();
         let catalog = self.catalog();
@@ -391,9 +408,11 @@ impl Group {
             head_time: (head.seq > Seq::ZERO).then(|| self.head_time()),
             acknowledged: (role == Role::Primary
                 && record.peer.is_some()
-                && !self.has_failed_over())
+                && !self.awaits_reversal())
             .then(|| self.store.acked().0),
             epoch: self.store.epochs().current().short(),
+            epochs: self.epoch_statuses(),
+            branches: self.store.branch_count(),
             disks: states
                 .into_iter()
                 .filter_map(|(no, state, cause, detail)| {

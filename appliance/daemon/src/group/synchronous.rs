@@ -94,7 +94,7 @@ impl Group {
             declared,
             sends: self.role() == Role::Primary
                 && self.record_has_peer()
-                && !self.has_failed_over(),
+                && !self.awaits_reversal(),
             clean: {
                 let catalog = self.catalog();
                 catalog.is_clean() && !catalog.disks.is_empty()

@@ -54,6 +54,7 @@ impl Group {
         debug_assert!(Arc::ptr_eq(&self.offers, OwnedMutexGuard::mutex(&held.0)));
         let head = self.take_over_from(seq).await?;
         *self.lag() = Lag::default();
+        self.forget_sources();
         let name = self.name();
         self.context.event(
             Level::Warning,
@@ -69,7 +70,7 @@ impl Group {
         Ok(head)
     }
 
-    async fn take_over_from(self: &Arc<Self>, seq: Seq) -> Result<Position> {
+    pub(super) async fn take_over_from(self: &Arc<Self>, seq: Seq) -> Result<Position> {
         self.end_stream();
         let this = self.clone();
         let epoch = self.store.next_epoch(clock::random());

@@ -12,7 +12,9 @@ use srn_store::manifest::{Keep, Role};
 
 use super::Node;
 use crate::error::{Failure, Kind, Result};
-use crate::fleet::{FullPolicy, GroupRecord, IsolatedStart, Level, Priority, Synchronous};
+use crate::fleet::{
+    FullPolicy, GroupRecord, IsolatedStart, Level, Priority, Synchronous, keep_branches_default_s,
+};
 use crate::group::{Group, NewGroup};
 
 /// Log of a local cache unless said otherwise, in bytes.
@@ -171,6 +173,7 @@ impl Node {
             synchronous: Synchronous::Off,
             checkpoint_every_s: CHECKPOINT_EVERY_DEFAULT_S,
             history_s: HISTORY_DEFAULT_S,
+            keep_branches_s: keep_branches_default_s(),
             log_cap_bytes: u64::MAX,
             fence_hook: None,
             priority: Priority::default(),
@@ -303,6 +306,7 @@ fn record(
         synchronous,
         checkpoint_every_s: request.checkpoint_every_s.unwrap_or(CHECKPOINT_EVERY_DEFAULT_S),
         history_s: request.history_s.unwrap_or(HISTORY_DEFAULT_S),
+        keep_branches_s: keep_branches_default_s(),
         log_cap_bytes,
         fence_hook: None,
         priority: request.priority.unwrap_or_default(),

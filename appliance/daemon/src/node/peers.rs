@@ -445,6 +445,14 @@ impl Node {
         let group = message.group().and_then(|id| self.groups_lock().get(&id).cloned());
         // A peer speaks of its own groups only.
         if let Some(group) = group.filter(|group| group.peer() == Some(peer)) {
+            // A server that runs here would only see its disks fail.
+            let running = match message {
+                Message::Drain { .. } => self.recoveries.machines_of(group.id()),
+                _ => Vec::new(),
+            };
+            if let Some(id) = running.first() {
+                return group.cannot_be_drained(session, id).await;
+            }
             group.on_message(session, message).await;
         }
     }
@@ -507,10 +515,6 @@ impl Node {
                 offer.name
             );
             return Err((RefuseCode::NameTaken, text));
-        }
-        if offer.epochs.list().len() > 1 {
-            let text = format!("group {}: {}", offer.name, crate::group::FAILED_OVER);
-            return Err((RefuseCode::Diverged, text));
         }
         self.make_replica(session, offer).await.map_err(|error| {
             let text = format!("the recovery node cannot store group {}: {error}", offer.name);

@@ -99,7 +99,12 @@ impl Recoveries {
         let (point, epoch, clone) = if request.test {
             self.clone_point(group, &request).await?
         } else {
-            (self.take_over(group, &request).await?, group.store().epochs().current(), None)
+            let point = self.take_over(group, &request).await?;
+            // A peer that is there hears of it, and can be turned round.
+            if let Some(session) = group.peer().and_then(|peer| node.session_with(peer)) {
+                group.session_up(&session).await;
+            }
+            (point, group.store().epochs().current(), None)
         };
         // Another recovery may have begun since, and none can before this one is known.
         let naming = self.naming.lock().unwrap_or_else(PoisonError::into_inner);

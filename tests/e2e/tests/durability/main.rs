@@ -13,4 +13,5 @@ mod kill;
 mod lines;
 mod oracle;
 mod pipe;
+mod reversal;
 mod synchronous;

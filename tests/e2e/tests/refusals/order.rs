@@ -1,7 +1,7 @@
 //! Offers and answers that are out of order: late, or of a history that does not continue.
 
 use quinn::{Connection, RecvStream, SendStream};
-use srn_core::epoch::{Epoch, EpochTable, Position};
+use srn_core::epoch::{EpochTable, Position};
 use srn_core::frame::envelope::Envelope;
 use srn_core::frame::{Builder, HeaderFields};
 use srn_core::ids::{EpochId, GroupId, Seq};
@@ -174,7 +174,7 @@ async fn only_an_answer_to_an_offer_from_behind_it_lifts_the_fence_of_a_drain() 
 }
 
 #[tokio::test]
-async fn frames_of_an_epoch_that_the_replica_does_not_have_are_not_taken_in() {
+async fn frames_of_an_epoch_that_was_not_offered_are_not_taken_in() {
     let lab = Lab::new();
     let (mut production, mut recovery) = lab.pair().await;
     protect(&production, "web", Some("recovery"), "1M").await;
@@ -196,12 +196,13 @@ async fn frames_of_an_epoch_that_the_replica_does_not_have_are_not_taken_in() {
     let before = content(&lab, &recovery, "web", "root").await;
     let facts_before = facts(&recovery).await;
 
-    let epoch = Epoch { id: EpochId([7; 16]), forked_from: offer.head };
-    let line = [offer.epochs.list(), &[epoch]].concat();
-    let newer = EpochTable::from_list(line).expect("one line");
+    let epoch = EpochId([7; 16]);
+    let foreign = EpochTable::new(epoch);
     let (connection, mut say, mut listen) = session(&recovery, &key).await;
-    recovery.expect_in_log("has failed over since");
-    let refused = Offer { epochs: newer, nonce: offer.nonce + 1, ..offer.clone() };
+    recovery.expect_in_log("is not part of the history of the production node");
+    recovery.expect_in_log("the histories of the two nodes differ");
+    let head = Position { epoch, ..offer.head };
+    let refused = Offer { epochs: foreign, head, nonce: offer.nonce + 1, ..offer.clone() };
     say.write_all(&Message::Offer(refused).encode()).await.expect("said");
     let refused = hear(&mut listen, |message| match message {
         Message::Refuse(refuse) => Some(refuse),
@@ -226,7 +227,7 @@ async fn frames_of_an_epoch_that_the_replica_does_not_have_are_not_taken_in() {
     let first = behind.seq.next();
     let header = StreamHeader { group: offer.group, nonce: offer.nonce, first };
     frames.write_all(&header.encode()).await.expect("sent");
-    frames.write_all(&empty_frame(&offer, epoch.id, behind)).await.expect("sent");
+    frames.write_all(&empty_frame(&offer, epoch, behind)).await.expect("sent");
     let (code, why, _) = closed(&connection).await;
     assert_eq!(code, MISBEHAVED, "{why}");
     assert!(why.contains("does not continue this history"), "{why}");

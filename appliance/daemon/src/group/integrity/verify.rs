@@ -153,7 +153,7 @@ impl Group {
                  recovery node holds is verified against the log's own checksums there"
             )));
         }
-        if self.has_failed_over() {
+        if self.awaits_reversal() {
             return Err(Failure::refused(format!(
                 "group {name} has failed over: its peer has another history"
             )));
