@@ -36,30 +36,47 @@ const PATIENCE: Duration = Duration::from_millis(50);
 /// Something on its way: when it arrives, in which order it came, what it is.
 type OnItsWay = Reverse<(Duration, u64, Vec<u8>)>;
 
-/// Packets on their way in one direction.
+/// Packets on their way in one direction: one thread puts them in, another takes them out.
 #[derive(Debug)]
-struct Way {
+pub struct Way {
     line: Mutex<Line>,
     queue: Mutex<BinaryHeap<OnItsWay>>,
     more: Condvar,
 }
 
 impl Way {
-    fn new(seed: u64) -> Self {
+    /// A clear line.
+    #[must_use]
+    pub fn new(seed: u64) -> Self {
         let line = Mutex::new(Line::new(Shape::CLEAR, seed));
         Self { line, queue: Mutex::default(), more: Condvar::new() }
     }
 
-    fn take(&self, now: Duration, number: u64, bytes: &[u8]) {
-        let fate = lock(&self.line).fate(now, bytes.len() + HEADERS);
+    /// From now on the line is like this.
+    pub fn shape(&self, shape: Shape) {
+        lock(&self.line).set(shape);
+    }
+
+    /// What has passed.
+    #[must_use]
+    pub fn counts(&self) -> Counts {
+        lock(&self.line).counts()
+    }
+
+    /// Takes a packet, the number of which tells it from others of the same time, and which has
+    /// headers of so many bytes more on a line.
+    pub fn take(&self, now: Duration, number: u64, bytes: &[u8], headers: usize) {
+        let fate = lock(&self.line).fate(now, bytes.len() + headers);
         if let Some(due) = fate {
             lock(&self.queue).push(Reverse((due, number, bytes.to_vec())));
             self.more.notify_one();
         }
     }
 
-    /// The next packet that is due; none when there was none for some time.
-    fn give(&self, began: Instant) -> Option<Vec<u8>> {
+    /// The next packet that is due by a clock that began then; none when there was none for some
+    /// time.
+    #[must_use]
+    pub fn give(&self, began: Instant) -> Option<Vec<u8>> {
         let deadline = Instant::now() + PATIENCE;
         let mut queue = lock(&self.queue);
         loop {
@@ -120,7 +137,7 @@ impl Shared {
             let Ok((length, from)) = self.front.recv_from(&mut buffer) else { continue };
             *lock(&self.dialler) = Some(from);
             number += 1;
-            self.there.take(self.began.elapsed(), number, &buffer[..length]);
+            self.there.take(self.began.elapsed(), number, &buffer[..length], HEADERS);
             let passed = lock(&self.there.line).counts().bytes;
             if passed >= *lock(&self.cut_at) {
                 self.cut(true, true);
@@ -142,7 +159,7 @@ impl Shared {
         while !self.stopped() {
             let Ok((length, _)) = self.upstream().recv_from(&mut buffer) else { continue };
             number += 1;
-            self.back.take(self.began.elapsed(), number, &buffer[..length]);
+            self.back.take(self.began.elapsed(), number, &buffer[..length], HEADERS);
         }
     }
 
@@ -231,8 +248,7 @@ impl Relay {
     /// What has passed from the node that dials, and to it.
     #[must_use]
     pub fn counts(&self) -> (Counts, Counts) {
-        let Shared { there, back, .. } = &*self.shared;
-        (lock(&there.line).counts(), lock(&back.line).counts())
+        (self.shared.there.counts(), self.shared.back.counts())
     }
 
     /// Cuts the line in these directions.

@@ -7,10 +7,12 @@
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "tables are what it makes")]
 
 mod cost;
+mod flow;
 mod front;
 mod groups;
 mod history;
 mod incremental;
+mod link;
 mod memory;
 mod peers;
 mod table;
@@ -39,7 +41,7 @@ struct Site {
 }
 
 const USAGE: &str = "usage: bench [--pairs N] [--records N] \
-    [--only front|copy|whole|incremental|lag|history|memory|groups]";
+    [--only link|front|copy|whole|incremental|lag|history|memory|groups]";
 
 fn plan() -> Result<Plan, String> {
     let mut plan = Plan { pairs: 9, only: None, records: 50_000_000 };
@@ -58,6 +60,10 @@ fn plan() -> Result<Plan, String> {
 
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    if let Some(code) = link::role(&arguments).await {
+        return code;
+    }
     let plan = match plan() {
         Ok(plan) => plan,
         Err(usage) => {
@@ -67,6 +73,15 @@ async fn main() -> ExitCode {
     };
     // Not /tmp, which is memory on some machines.
     let lab = Lab::within(Path::new("/var/tmp"));
+    let mut table = Table::default();
+    let wanted = |name: &str| plan.only.as_deref().is_none_or(|only| only == name);
+    if wanted("link") {
+        link::measure(lab.dir(), plan.pairs, &mut table).await;
+    }
+    if plan.only.as_deref() == Some("link") {
+        println!("\n{table}");
+        return ExitCode::SUCCESS;
+    }
     let (mut production, mut recovery) = lab.pair().await;
     for node in [&mut production, &mut recovery] {
         // Each measurement has its own group, and takes it away.
@@ -75,8 +90,6 @@ async fn main() -> ExitCode {
         node.expect_in_log("agreeing with the peer");
     }
     let mut site = Site { production, recovery, lab };
-    let mut table = Table::default();
-    let wanted = |name: &str| plan.only.as_deref().is_none_or(|only| only == name);
     if wanted("front") {
         front::measure(&site, plan.pairs, &mut table).await;
     }

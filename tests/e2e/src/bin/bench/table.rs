@@ -56,6 +56,17 @@ impl Table {
         });
     }
 
+    /// Adds what was measured beside several others.
+    pub(crate) fn beside(&mut self, what: &str, ours: &str, others: &str, target: &'static str) {
+        self.add(Row {
+            what: what.into(),
+            ours: ours.into(),
+            peer: others.into(),
+            ratio: String::new(),
+            target,
+        });
+    }
+
     fn add(&mut self, row: Row) {
         eprintln!("{} | {} | {} | {}", row.what, row.ours, row.peer, row.ratio);
         self.rows.push(row);
