@@ -3,8 +3,8 @@
 //!
 //! It sends at the rate at which the path delivers, and asks for more now and then. A lost packet
 //! by itself means nothing: radio, a worn cable and a busy receiver lose some whatever the rate.
-//! Only what is lost beyond [`LOSS_PERCENT`] in a round trip, or while a queue stands that is not
-//! ours, tells that too much is sent. The rate is measured as [`super::delivery`] says, the model is that of BBR (draft-cardwell-ccwg-bbr):
+//! Only what is lost beyond [`LOSS_PERCENT`] in a round trip, or beyond the usual while a queue
+//! stands, tells that too much is sent. The rate is measured as [`super::delivery`] says, the model is that of BBR (draft-cardwell-ccwg-bbr):
 //!
 //! * **Startup** doubles each round trip until the delivery grows no more, **Drain** takes the queue
 //!   away that this has built.
@@ -37,6 +37,10 @@ const DRAIN: u64 = 36;
 /// The rate in Up and Down.
 const UP: u64 = 125;
 const DOWN: u64 = 80;
+
+/// The rate in each second Up while a queue stands that is not ours: what it costs others is more
+/// than what it finds.
+const UP_GENTLE: u64 = 112;
 
 /// What may be on its way at most, of what the path holds: packets wait for others' queues too.
 const WINDOW: u64 = 200;
@@ -74,10 +78,17 @@ const STALL_NEAR_NS: u64 = 10_000_000;
 /// What fits through a queue that is full, in percent of what has just come through.
 const FITS: u64 = 97;
 
-/// A queue stands that is not ours when the shortest time of a round trip in Cruise is so many
-/// percent of the shortest ever. What is lost then tells that it is full: others give way, and so
+/// A queue stands when the shortest time of a round trip in Cruise is so many percent of the
+/// shortest ever. What is lost then beyond the usual tells that it is full: others give way, and so
 /// do we.
 const QUEUED: u64 = 120;
+
+/// The rate of the first round trips in which a queue stands in Cruise: if it was ours, it goes.
+const EASE: u64 = 90;
+const EASE_ROUNDS: u64 = 4;
+
+/// Loss beside the usual that means nothing yet, in millionths.
+const LOSS_NOISE_PPM: u64 = 300;
 
 /// What is left of the bound after a round trip that lost too much, in percent.
 const BACK_OFF: u64 = 85;
@@ -132,8 +143,18 @@ pub(crate) struct RateControl {
     bound: u64,
     /// The rate since the bound was found: forgotten with the next Up.
     rate_bound: u64,
-    /// Loss over the last round trips, in millionths.
+    /// Round trips of this Cruise that were slowed down because a queue stood.
+    eased: u64,
+    /// This is one.
+    eases: bool,
+    /// A queue stood in the newest round trip of Cruise.
+    queued: bool,
+    /// Up asks for less.
+    gentle: bool,
+    /// Loss over the last round trips, in millionths; and over many, which is what the path loses
+    /// whatever is sent.
     loss_ppm: u64,
+    usual_ppm: u64,
 
     /// What the rate allows to be sent now, in bytes.
     tokens: u64,
@@ -168,7 +189,12 @@ impl RateControl {
             round_lowest: u64::MAX,
             bound: u64::MAX,
             rate_bound: u64::MAX,
+            eased: 0,
+            eases: false,
+            queued: false,
+            gentle: false,
             loss_ppm: 0,
+            usual_ppm: 0,
             tokens: 0,
             refilled: now,
         }
@@ -290,7 +316,9 @@ impl RateControl {
         match self.phase {
             Phase::Startup => STARTUP,
             Phase::Drain => DRAIN,
+            Phase::Cruise if self.eases => EASE,
             Phase::Cruise => 100,
+            Phase::Up if self.gentle => UP_GENTLE,
             Phase::Up => UP,
             Phase::Down | Phase::Empty => DOWN,
         }
@@ -337,6 +365,8 @@ impl RateControl {
         self.phase_rounds += 1;
         let sent = self.round_lost + self.round_delivered;
         let ppm = self.round_lost.saturating_mul(1_000_000) / sent.max(1);
+        let unusual = 2 * self.usual_ppm + LOSS_NOISE_PPM;
+        self.usual_ppm = (31 * self.usual_ppm + ppm) / 32;
         self.loss_ppm = (7 * self.loss_ppm + ppm) / 8;
         let too_much = (ppm > LOSS_PERCENT * 10_000 && self.round_lost >= LOST_PACKETS * self.mtu)
             || self.round_marked;
@@ -348,10 +378,19 @@ impl RateControl {
         }
         let queued = self.round_lowest >= percent(self.trip(), QUEUED);
         self.round_lowest = u64::MAX;
+        self.eases = false;
+        if self.phase == Phase::Cruise {
+            self.queued = queued;
+        }
         if too_much {
             self.back_off(now);
-        } else if lost > 0 && queued && self.phase == Phase::Cruise {
-            self.give_way();
+        } else if self.phase == Phase::Cruise && queued {
+            if lost > 0 && ppm > unusual {
+                self.give_way();
+            } else if self.eased < EASE_ROUNDS {
+                self.eased += 1;
+                self.eases = true;
+            }
         }
     }
 
@@ -451,6 +490,8 @@ impl RateControl {
     fn begin_up(&mut self, now: u64) {
         self.highest.turn();
         self.rate_bound = u64::MAX;
+        self.eased = 0;
+        self.gentle = self.queued && !self.gentle;
         self.rate_before = self.highest.get();
         if self.bound != u64::MAX {
             self.bound = percent(self.bound, UP);
