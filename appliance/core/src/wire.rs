@@ -12,7 +12,8 @@ mod stream;
 mod tests;
 
 pub use integrity::{
-    CONTENT_HASH_LEN, CannotCode, Grain, HASHES_MAX, HashRange, HashRun, Integrity, Words,
+    CONTENT_HASH_LEN, CONTENT_SECTORS_MAX, CannotCode, Grain, HASHES_MAX, HashRange, HashRun,
+    Integrity, Words,
 };
 pub use message::{
     Accept, CheckpointNote, Hello, Message, Offer, OfferedDisk, Progress, Refuse, RefuseCode,

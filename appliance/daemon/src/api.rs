@@ -22,7 +22,7 @@ use crate::error::{Failure, Kind, Result};
 use crate::node::Node;
 
 pub use exports::{ExportRequest, OpenExport};
-pub use integrity::{Said, VerifyRequest};
+pub use integrity::{Said, ScrubRequest, VerifyRequest};
 pub use nbd_certs::{CertificateRequest, Revoked};
 pub use points::{CheckpointRequest, HistoryQuery, NewCheckpoint, NoteRequest};
 pub use routes::{AddDisk, GroupChange, PairRequest, StopRequest, TokenRequest};

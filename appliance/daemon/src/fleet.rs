@@ -124,6 +124,19 @@ pub struct GroupRecord {
     pub priority: Priority,
     /// Where the disks' writes come from, at the primary.
     pub sources: Vec<SourceRecord>,
+    /// Seconds between scrubs; 0 for none.
+    #[serde(default = "scrub_every_default")]
+    pub scrub_every_s: u64,
+    /// When the last scrub ended, in microseconds since 1970; before the first: when the group came
+    /// to this node.
+    #[serde(default)]
+    pub scrubbed_at: Option<i64>,
+}
+
+/// Seconds between scrubs unless said otherwise: 30 days.
+#[must_use]
+pub const fn scrub_every_default() -> u64 {
+    30 * 24 * 3600
 }
 
 /// Where a disk's writes come from.

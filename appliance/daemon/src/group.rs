@@ -275,6 +275,7 @@ impl Group {
         if role == Role::Primary && acked < head.seq && acked > Seq::ZERO {
             lag.inherited(head.seq, store.unacked_bytes(), clock::mono());
         }
+        let integrity = integrity::Integrity::load(&store);
         let slot = Arc::new(OnceLock::new());
         let thread = |error| Failure::internal(format!("starting a thread: {error}"));
         let watch = Box::new(Watch { group: slot.clone() });
@@ -296,7 +297,7 @@ impl Group {
             offers: Arc::default(),
             recovering: tokio::sync::Mutex::default(),
             slots: Slots::default(),
-            integrity: integrity::Integrity::default(),
+            integrity,
             mirror_connections: tokio::sync::Mutex::default(),
         });
         // Set once, here.
@@ -654,7 +655,7 @@ impl Group {
         self.periodic_checkpoint().await;
         self.offer_again().await;
         self.tell_progress();
-        self.tidy_integrity();
+        self.look_after_integrity();
         self.review();
     }
 

@@ -446,6 +446,11 @@ fn verdict(
         } else if group.peer.is_none() && group.role == "primary" && group.state == "streaming" {
             text = format!("group {} has no peer", group.name);
         }
+        if let Some(damage) = group.damaged.first() {
+            let more = group.damaged.len() - 1;
+            let more = if more > 0 { format!(" and {more} more") } else { String::new() };
+            text = format!("{text}; damaged here: {}{more}", damage.what);
+        }
         if let Some(detail) = &group.detail {
             text = format!("{text} ({detail})");
         }

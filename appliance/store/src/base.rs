@@ -58,6 +58,12 @@ fn page_sum(page: &[u8]) -> u64 {
     content_sum(page).max(1)
 }
 
+/// Whether a page is what its checksum says. One without a checksum has to be a hole: a checksum
+/// file that was zeroed must not turn content into zeros.
+fn is_sound(page: &[u8], sum: u64) -> bool {
+    if sum == 0 { is_zero(page) } else { page_sum(page) == sum }
+}
+
 impl Base {
     /// The base in `dir`; its disks are opened by [`Base::add`].
     #[must_use]
@@ -211,7 +217,7 @@ impl BaseDisk {
         let end = extent.end().div_ceil(PAGE_SECTORS);
         let _still = self.moving.read().unwrap_or_else(PoisonError::into_inner);
         let sums = self.sums_of(first, end - first)?;
-        if sums.iter().all(|sum| *sum == 0) {
+        if sums.iter().all(|sum| *sum == 0) && !self.has_data(first, end)? {
             out.fill(0);
             return Ok(());
         }
@@ -219,10 +225,8 @@ impl BaseDisk {
         self.raw
             .read_at(&mut pages, first * PAGE as u64)
             .doing(|| format!("reading base disk {}", self.id))?;
-        for ((page, sum), number) in pages.chunks_exact_mut(PAGE).zip(&sums).zip(first..) {
-            if *sum == 0 {
-                page.fill(0);
-            } else if page_sum(page) != *sum {
+        for ((page, sum), number) in pages.chunks_exact(PAGE).zip(&sums).zip(first..) {
+            if !is_sound(page, *sum) {
                 return Err(StoreError::Corrupt(format!(
                     "sectors {}+{PAGE_SECTORS} of base disk {} do not have their checksum",
                     number * PAGE_SECTORS,
@@ -248,12 +252,18 @@ impl BaseDisk {
         let pages = (end - first).min(SPAN_PAGES_MAX);
         let _still = self.moving.read().unwrap_or_else(PoisonError::into_inner);
         let mut spans: Vec<(Extent, bool)> = Vec::new();
+        // A page without a checksum has to be a hole; what is none has to be read, to be judged.
+        let mut hole_until = first;
         for (sum, number) in self.sums_of(first, pages)?.into_iter().zip(first..) {
             let page = Extent::new(number * PAGE_SECTORS, PAGE_SECTORS);
             let Some(part) = page.intersect(&extent) else { continue };
+            if sum == 0 && hole_until <= number {
+                hole_until = self.next_data(number)?.unwrap_or(u64::MAX).max(number);
+            }
+            let has_content = sum != 0 || hole_until <= number;
             match spans.last_mut() {
-                Some((last, is_data)) if *is_data == (sum != 0) => last.sectors += part.sectors,
-                _ => spans.push((part, sum != 0)),
+                Some((last, is_data)) if *is_data == has_content => last.sectors += part.sectors,
+                _ => spans.push((part, has_content)),
             }
         }
         Ok((spans, first + pages == end))
@@ -274,6 +284,56 @@ impl BaseDisk {
             first += these;
         }
         Ok(count * PAGE as u64)
+    }
+
+    /// The first page at or behind `page` that is not a hole of the raw file.
+    fn next_data(&self, page: u64) -> Result<Option<u64>> {
+        let at = self.raw.next_data(page * PAGE as u64);
+        let at = at.doing(|| format!("looking for holes of base disk {}", self.id))?;
+        Ok(at.map(|at| at / PAGE as u64))
+    }
+
+    /// Whether any of these pages is not a hole of the raw file.
+    fn has_data(&self, first: u64, end: u64) -> Result<bool> {
+        Ok(self.next_data(first)?.is_some_and(|page| page < end))
+    }
+
+    /// Looks at `pages` pages from `first` on, and gives the numbers of those that are damaged, and
+    /// the bytes that were read.
+    ///
+    /// # Errors
+    /// As the volume says.
+    pub(crate) fn check(&self, first: u64, pages: u64) -> Result<(Vec<u64>, u64)> {
+        let _still = self.moving.read().unwrap_or_else(PoisonError::into_inner);
+        let sums = self.sums_of(first, pages)?;
+        let mut bad = Vec::new();
+        let mut read = sums.len() as u64 * SUM_LEN;
+        let mut at = first;
+        for same in sums.chunk_by(|a, b| (*a == 0) == (*b == 0)) {
+            let these = at..at + same.len() as u64;
+            at = these.end;
+            if same.first() == Some(&0) && !self.has_data(these.start, these.end)? {
+                continue;
+            }
+            let mut bytes = self.pool.take(same.len() * PAGE);
+            let doing = || format!("reading base disk {}", self.id);
+            let found = self.raw.read_at(&mut bytes, these.start * PAGE as u64).doing(doing)?;
+            read += found as u64;
+            let whole = bytes.get(..found).unwrap_or_default().chunks_exact(PAGE);
+            let sound = whole.zip(same).map(|(page, sum)| is_sound(page, *sum));
+            let sound = sound.chain(std::iter::repeat(false));
+            bad.extend(these.zip(sound).filter(|(_, sound)| !sound).map(|(page, _)| page));
+        }
+        Ok((bad, read))
+    }
+
+    /// What the checksum file says of a page.
+    ///
+    /// # Errors
+    /// As the volume says.
+    pub(crate) fn has_sum_of(&self, number: u64, page: &[u8]) -> Result<bool> {
+        let _still = self.moving.read().unwrap_or_else(PoisonError::into_inner);
+        Ok(self.sums_of(number, 1)?.first().is_some_and(|sum| is_sound(page, *sum)))
     }
 
     /// Puts whole pages in place; `bytes` begins at page `first`. Pages of zeros become holes. Not

@@ -124,6 +124,32 @@ impl Frame {
         Ok(Self { header, envelope, front, content })
     }
 
+    /// A frame from its bytes as they are in a frame stream, verified byte by byte.
+    ///
+    /// # Errors
+    /// [`BadFrame`].
+    pub fn from_wire(bytes: &Bytes) -> Result<Self, BadFrame> {
+        let fixed = *bytes.first_chunk::<{ envelope::LEN }>().ok_or(BadFrame::Short)?;
+        let envelope = Envelope::decode(&fixed)?;
+        if bytes.len() != envelope.wire_len() {
+            return Err(BadFrame::Short);
+        }
+        let front = bytes.slice(envelope::LEN..envelope.front_len());
+        let frame = Self::from_copy(&fixed, front, bytes.slice(envelope.front_len()..))?;
+        frame.verify(&mut Codecs::new())?;
+        Ok(frame)
+    }
+
+    /// Its bytes as they are in a frame stream.
+    #[must_use]
+    pub fn to_wire(&self) -> Vec<u8> {
+        let mut out = Vec::with_capacity(self.envelope.wire_len());
+        out.extend_from_slice(&self.envelope.encode(self.table()));
+        out.extend_from_slice(&self.front);
+        self.content.iter().for_each(|piece| out.extend_from_slice(piece));
+        out
+    }
+
     /// The header.
     #[must_use]
     pub const fn header(&self) -> &Header {

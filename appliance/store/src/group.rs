@@ -14,6 +14,7 @@ mod branch;
 mod build;
 mod compact;
 mod cursor;
+pub mod damage;
 mod delta;
 mod digest;
 mod follow;
@@ -22,7 +23,9 @@ mod layers;
 mod leap;
 mod maintain;
 mod open;
+mod repair;
 mod retire;
+mod scrub;
 mod slots;
 mod times;
 mod view;
@@ -37,13 +40,15 @@ pub use digest::{GrainHash, content_hash};
 pub use leap::{Leap, LeapTo};
 pub use maintain::Worked;
 pub use open::Opened;
+pub use repair::{Missing, Repaired, pages_of};
 pub use retire::Retention;
+pub use scrub::{Scrub, Scrubbed};
 pub(crate) use view::{Content, read_block};
 pub use view::{Lease, SpanKind, View};
 
 use std::collections::{BTreeMap, VecDeque};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::{AtomicBool, AtomicUsize};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use srn_core::epoch::{EpochTable, Position};
@@ -167,6 +172,8 @@ pub struct Group {
     pub(crate) free: Arc<FreeSlots>,
     /// Held while the manifest is changed.
     publishing: Mutex<Publishing>,
+    /// A read has found damage since this was last asked.
+    pub(crate) damage_seen: AtomicBool,
     /// Held while a maintenance step runs.
     pub(crate) maintaining: Mutex<()>,
     /// The merging of pieces into layers; of its own, because it takes long.

@@ -15,8 +15,8 @@ pub use cover::{FAN_IN, PREFIX_LEVEL, cover, next_merge, span};
 pub use entry::{ENTRY_LEN, Place};
 pub use merge::{Item, Merge};
 pub use run::{
-    BadBlock, BlockCache, Entries, Run, RunMeta, RunScope, RunWriter, file_name as run_file_name,
-    number_of as run_number_of,
+    BadBlock, BlockCache, Entries, Run, RunCheck, RunMeta, RunScope, RunWriter,
+    file_name as run_file_name, number_of as run_number_of,
 };
 pub use table::{MarkPoint, MemTable, SeqPoint};
 

@@ -127,6 +127,13 @@ pub trait File: Send + Sync + Debug {
     /// As the operating system says.
     fn set_len(&self, len: u64) -> io::Result<()>;
 
+    /// The first offset at or behind `offset` where the file may hold anything but zeros; none when
+    /// there is only a hole up to its end.
+    ///
+    /// # Errors
+    /// As the operating system says.
+    fn next_data(&self, offset: u64) -> io::Result<Option<u64>>;
+
     /// Frees the space of a range, which reads as zero from then on.
     ///
     /// # Errors

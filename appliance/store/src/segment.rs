@@ -6,7 +6,7 @@
 
 mod scan;
 
-pub use scan::{Scan, Tail, Target, header_from_frame, scan};
+pub use scan::{Found, Scan, Tail, Target, header_from_frame, scan};
 
 use std::io::IoSlice;
 use std::path::PathBuf;

@@ -389,6 +389,20 @@ impl File for SimFile {
         Ok(inode.read(buf, offset))
     }
 
+    fn next_data(&self, offset: u64) -> io::Result<Option<u64>> {
+        let world = self.disk.world()?;
+        let inode = world.inodes.get(&self.inode).ok_or_else(Self::gone)?;
+        let mut at = offset;
+        let mut buf = [0; 4096];
+        loop {
+            match inode.read(&mut buf, at) {
+                0 => return Ok(None),
+                read if buf.iter().take(read).any(|byte| *byte != 0) => return Ok(Some(at)),
+                read => at += read as u64,
+            }
+        }
+    }
+
     fn write_at(&self, parts: &[IoSlice<'_>], offset: u64, durable: bool) -> io::Result<()> {
         let (mut guard, fault) = self.disk.operate()?;
         let world = &mut *guard;

@@ -2,14 +2,22 @@
 
 mod common;
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use common::{Model, Write, contents, shared};
+use srn_core::epoch::Position;
 use srn_core::extent::Extent;
 use srn_core::ids::{DiskNo, EpochId, GroupId, Seq};
 use srn_core::time::{Mono, Now, WallTime};
 use srn_store::StoreError;
-use srn_store::group::{Change, Group, NewGroup, Opened, Options, Retention, Sums, Worked};
+use srn_store::frame::Frame;
+use srn_store::group::damage::{Damage, DamagedPart};
+use srn_store::group::{
+    Change, Group, Missing, NewGroup, Opened, Options, Repaired, Retention, SpanKind, Sums, Worked,
+    pages_of,
+};
 use srn_store::io::Fs;
 use srn_store::manifest::{Keep, Role};
 use srn_testkit::{Chance, SimDisk};
@@ -171,4 +179,234 @@ fn write(disk: &SimDisk, path: &Path, bytes: &[u8]) {
     file.set_len(bytes.len() as u64).expect("room");
     file.write_at(&[std::io::IoSlice::new(bytes)], 0, true).expect("room");
     disk.sync_dir(path.parent().expect("a directory")).expect("a sync");
+}
+
+/// What a scrub finds.
+fn scrubbed(opened: &Opened) -> Vec<DamagedPart> {
+    let mut scrub = opened.group.scrub().expect("a scrub");
+    let (mut found, mut bytes) = (Vec::new(), 0);
+    while let Some(step) = scrub.step().expect("it goes on") {
+        found.extend(step.damaged);
+        bytes += step.bytes;
+    }
+    assert_eq!(bytes, scrub.total(), "it has not looked at everything");
+    found
+}
+
+/// Two nodes that hold the same, opened; `keep_from` says what is in the log and what in the base.
+fn twins(keep_from: Seq) -> ([SimDisk; 2], Model) {
+    let disks = [SimDisk::new(SEED, 64 << 20), SimDisk::new(SEED, 64 << 20)];
+    let mut model = Model::blank(DISKS, SECTORS);
+    for disk in &disks {
+        model = written(disk).0;
+        let opened = open(disk).expect("it opens");
+        while opened.group.maintain(&Retention::from(keep_from)).expect("work") == Worked::Something
+        {
+        }
+        assert_eq!(scrubbed(&opened), [], "what is whole is found whole");
+    }
+    (disks, model)
+}
+
+/// Repairs what was found from the other one, as two nodes do.
+fn repair(here: &Opened, there: &Opened, part: DamagedPart) -> Repaired {
+    match part {
+        DamagedPart::Base { disk, extent } => {
+            let at = there.group.base_position().expect("a base");
+            let view = there.group.view_at(at.seq).expect("a view");
+            for page in pages_of(extent) {
+                let mut content = vec![0; 4096];
+                let extent = Extent::new(page * 8, 8);
+                view.read(disk, extent, &mut content).expect("it reads");
+                let forged = vec![0xee; 4096];
+                let elsewhere = Position { seq: Seq(at.seq.0 + 1), ..at };
+                let refused = here.group.repair_page(disk, page, &forged, elsewhere);
+                assert_eq!(refused.expect("an attempt"), Repaired::NotTheSame);
+                let done = here.group.repair_page(disk, page, &content, at).expect("a repair");
+                assert_eq!(done, Repaired::Yes);
+            }
+            Repaired::Yes
+        }
+        DamagedPart::Frames { epoch, first, last } => {
+            let missing = here.group.missing_frames(epoch, first, last).expect("it is read");
+            let Missing::Frames(missing) = missing else { panic!("{missing:?}") };
+            let frames = missing.into_iter().map(|seq| {
+                let frame = there.group.cursor(seq).next().expect("it reads").expect("a frame");
+                let bytes = bytes::Bytes::from(frame.to_wire());
+                (seq, Arc::new(Frame::from_wire(&bytes).expect("sound")))
+            });
+            let frames: BTreeMap<_, _> = frames.collect();
+            let refused = here.group.repair_segment(epoch, first, &BTreeMap::new());
+            assert_eq!(refused.expect("an attempt"), Repaired::NotTheSame);
+            here.group.repair_segment(epoch, first, &frames).expect("a repair")
+        }
+        DamagedPart::Index { file } => here.group.repair_index(file).expect("a repair"),
+        DamagedPart::Layer { .. } => panic!("no test of repairs has layers"),
+    }
+}
+
+/// Opened, with nothing in a segment that is still written to: that cannot be repaired yet.
+fn settled(disk: &SimDisk, keep_from: Seq) -> Opened {
+    let mut opened = open(disk).expect("it opens");
+    opened.main.close_segment();
+    let retention = Retention::from(keep_from);
+    while opened.group.maintain(&retention).expect("work") == Worked::Something {}
+    opened
+}
+
+/// Damages each file of a directory at this offset, and sees it found, repaired, and whole after a
+/// restart.
+fn found_and_repaired(keep_from: Seq, sub: &str, ending: &str, offsets: &[u64]) {
+    for offset in offsets {
+        let (disks, model) = twins(keep_from);
+        let there = settled(&disks[1], keep_from);
+        let opened = settled(&disks[0], keep_from);
+        let all = files(&disks[0], sub).into_iter();
+        let listed: Vec<PathBuf> = all
+            .filter(|path| path.extension().is_some_and(|found| found == ending))
+            .filter(|path| {
+                let file = disks[0].open(path, srn_store::io::Access::Buffered).expect("a file");
+                file.size().expect("a size") > *offset
+            })
+            .collect();
+        let mut damaged = 0;
+        for path in listed {
+            disks[0].rot(&path, *offset);
+            let found = scrubbed(&opened);
+            damaged += found.len();
+            for part in found {
+                assert_eq!(repair(&opened, &there, part), Repaired::Yes, "{path:?} at {offset}");
+            }
+            assert_eq!(scrubbed(&opened), [], "{path:?} at {offset}");
+            same(&opened, &model);
+            // What is merged or retired later is merged and retired from what was repaired.
+            while opened.group.maintain(&Retention::from(keep_from)).expect("work")
+                == Worked::Something
+            {}
+            same(&opened, &model);
+        }
+        assert!(damaged > 0, "nothing was damaged at {offset} of {sub}");
+        drop(opened);
+        let again = open(&disks[0]).expect("it opens again");
+        same(&again, &model);
+        assert_eq!(scrubbed(&again), []);
+        assert_eq!(again.group.head(), there.group.head());
+    }
+}
+
+#[test]
+fn a_damaged_page_of_the_base_is_found_and_repaired() {
+    found_and_repaired(Seq(u64::MAX), "base", "raw", &[0, 5000, 70_000]);
+}
+
+#[test]
+fn a_damaged_checksum_of_the_base_is_found_and_repaired() {
+    found_and_repaired(Seq(u64::MAX), "base", "sum", &[0, 9, 160]);
+}
+
+#[test]
+fn damaged_frames_are_found_and_repaired() {
+    // The envelope, the head, and content of one of the first frames.
+    found_and_repaired(Seq::ZERO, "log", "seg", &[4100, 4200, 8192, 12_300]);
+}
+
+/// Of which the hash of the whole was written and never looked at.
+#[test]
+fn a_damaged_index_is_found_and_made_again() {
+    found_and_repaired(Seq::ZERO, "index", "idx", &[100, 4096 + 30, 4095]);
+}
+
+/// A checksum of zero says that a page is a hole. Zeroed checksums must not make zeros of content.
+#[test]
+fn a_zeroed_checksum_file_is_no_empty_disk() {
+    let (disks, model) = twins(Seq(u64::MAX));
+    let opened = open(&disks[0]).expect("it opens");
+    let there = open(&disks[1]).expect("it opens");
+    let all = files(&disks[0], "base").into_iter();
+    let sums = all.filter(|path| path.extension().is_some_and(|found| found == "sum"));
+    for path in sums {
+        let len = read(&disks[0], &path).len();
+        let file = disks[0].open(&path, srn_store::io::Access::Buffered).expect("a file");
+        file.write_at(&[std::io::IoSlice::new(&vec![0; len])], 0, true).expect("room");
+    }
+    let view = opened.group.view_head().expect("a view");
+    let error = contents(&view, DISKS, SECTORS).expect_err("zeros are served for content");
+    assert!(matches!(error, StoreError::Corrupt(_)), "{error}");
+    // Who asks only where there is content learns the same.
+    let spans = view.spans(DiskNo(0), Extent::new(0, SECTORS)).expect("spans");
+    for (extent, kind) in spans {
+        assert!(kind == SpanKind::Data || model.is_zero(DiskNo(0), extent), "{extent:?} {kind:?}");
+    }
+    assert!(opened.group.take_damage_seen() && !opened.group.take_damage_seen());
+    for part in scrubbed(&opened) {
+        assert_eq!(repair(&opened, &there, part), Repaired::Yes);
+    }
+    same(&opened, &model);
+}
+
+#[test]
+fn damage_that_a_person_accepts_reads_as_zero_and_is_named() {
+    let (disks, model) = twins(Seq(u64::MAX));
+    let opened = open(&disks[0]).expect("it opens");
+    let raw = files(&disks[0], "base")
+        .into_iter()
+        .find(|path| path.extension().is_some_and(|found| found == "raw"));
+    let raw = raw.expect("a base");
+    disks[0].rot(&raw, 4096 * 3 + 17);
+    let view = opened.group.view_head().expect("a view");
+    assert!(contents(&view, DISKS, SECTORS).is_err(), "damage is served");
+    let view = view.accepting_damage();
+    let found = contents(&view, DISKS, SECTORS).expect("it reads");
+    let lost = Extent::new(24, 8);
+    assert_eq!(view.accepted_damage(), [(DiskNo(0), lost)]);
+    assert!(found.is_zero(DiskNo(0), lost));
+    let mut expected = model;
+    expected.apply(&Write::Zero { disk: 0, start: 24, sectors: 8, trim: false });
+    assert!(found == expected, "more than the damage differs");
+}
+
+#[test]
+fn what_is_known_to_be_damaged_survives_a_restart() {
+    let (disks, _) = twins(Seq::ZERO);
+    let opened = open(&disks[0]).expect("it opens");
+    let damage = Damage {
+        part: DamagedPart::Base { disk: DiskNo(0), extent: Extent::new(8, 8) },
+        since: WallTime(7),
+    };
+    assert_eq!(opened.group.damage().expect("it reads"), []);
+    opened.group.set_damage(&[damage]).expect("room");
+    drop(opened);
+    let opened = open(&disks[0]).expect("it opens");
+    assert_eq!(opened.group.damage().expect("it reads"), [damage]);
+}
+
+#[test]
+fn damaged_content_of_a_layer_is_found() {
+    let disk = SimDisk::new(SEED, 256 << 20);
+    let (mut model, _) = written(&disk);
+    let roomy = Options { cap_bytes: 128 << 20, ..options() };
+    let opened = Group::open(&shared(&disk, SEED), roomy, &dir(), now(100));
+    let mut opened = opened.expect("it opens");
+    let mut chance = Chance::new(SEED + 1);
+    for second in 101..200 {
+        let writes = Write::some(&mut chance, DISKS, SECTORS);
+        let changes: Vec<_> = writes.iter().map(Write::change).collect();
+        opened.main.commit(&changes, now(second)).expect("room");
+        writes.iter().for_each(|write| model.apply(write));
+        while opened.group.maintain(&Retention::from(Seq::ZERO)).expect("work") == Worked::Something
+        {
+        }
+    }
+    opened.main.close_segment();
+    let retention = Retention { keep_from: Seq(u64::MAX), points: vec![Seq(5)] };
+    while opened.group.maintain(&retention).expect("work") == Worked::Something {}
+    let layers: Vec<PathBuf> = files(&disk, "layer");
+    assert!(!layers.is_empty(), "there is no layer");
+    assert_eq!(scrubbed(&opened), []);
+    for path in layers {
+        disk.rot(&path, 4096 + 100);
+    }
+    let found = scrubbed(&opened);
+    assert!(!found.is_empty(), "nothing was found");
+    assert!(found.iter().all(|part| matches!(part, DamagedPart::Layer { .. })), "{found:?}");
 }

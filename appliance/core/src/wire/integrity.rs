@@ -11,14 +11,21 @@ use super::message::{position, put_position};
 use super::{WireError, put_text, text};
 use crate::bytes::{Reader, Writer};
 use crate::epoch::Position;
-use crate::ids::{DiskNo, GroupId};
-use crate::limits::{DISK_SECTORS_MAX, DISKS_MAX, PAGE_SECTORS};
+use crate::extent::Extent;
+use crate::ids::{DiskNo, EpochId, GroupId, Seq};
+use crate::limits::{DISK_SECTORS_MAX, DISKS_MAX, FRAME_DISK_MAX, PAGE_SECTORS, SECTOR};
 
 /// Bytes of a content hash: the first of BLAKE3.
 pub const CONTENT_HASH_LEN: usize = 16;
 
 /// Hashes that one question may ask for.
 pub const HASHES_MAX: u32 = 16_384;
+
+/// Content that one question may ask for, in sectors: 64 KiB.
+pub const CONTENT_SECTORS_MAX: u64 = 128;
+
+const CONTENT_MAX: usize = 64 * 1024;
+const _: () = assert!(CONTENT_MAX as u64 == CONTENT_SECTORS_MAX * SECTOR);
 
 /// A question about a group's content, an answer, or a word about it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -147,6 +154,31 @@ pub enum Words {
     },
     /// The answer, from the first grain on; at least one, perhaps fewer than asked for.
     Hashes(Vec<HashRun>),
+    /// A question: the content of an extent just behind a frame.
+    ContentWanted {
+        /// Behind this frame.
+        at: Position,
+        /// The disk.
+        disk: DiskNo,
+        /// At most [`CONTENT_SECTORS_MAX`] sectors.
+        extent: Extent,
+    },
+    /// The answer: all of it, and its hash.
+    Content {
+        /// The first bytes of BLAKE3 of it.
+        hash: [u8; CONTENT_HASH_LEN],
+        /// At most [`CONTENT_SECTORS_MAX`] sectors.
+        bytes: Vec<u8>,
+    },
+    /// A question: a frame of the log.
+    FrameWanted {
+        /// Its epoch.
+        epoch: EpochId,
+        /// Its number.
+        seq: Seq,
+    },
+    /// The answer: the frame as it is in a frame stream.
+    Frame(Vec<u8>),
     /// The answer to any question that cannot be answered.
     Cannot {
         /// Why.
@@ -170,6 +202,10 @@ const HASHES: u8 = 33;
 const CANNOT: u8 = 34;
 const ENOUGH: u8 = 35;
 const REPORT: u8 = 36;
+const CONTENT_WANTED: u8 = 37;
+const CONTENT: u8 = 38;
+const FRAME_WANTED: u8 = 39;
+const FRAME: u8 = 40;
 
 const RUN_ZERO: u8 = 0;
 const RUN_KNOWN: u8 = 1;
@@ -190,6 +226,27 @@ impl Integrity {
                 put_runs(out, runs);
                 HASHES
             }
+            Words::ContentWanted { at, disk, extent } => {
+                put_position(out, at);
+                out.put_u32(disk.0);
+                out.put_u64(extent.start);
+                out.put_u32(u32::try_from(extent.sectors).unwrap_or(u32::MAX));
+                CONTENT_WANTED
+            }
+            Words::Content { hash, bytes } => {
+                out.put(hash);
+                put_bytes(out, bytes);
+                CONTENT
+            }
+            Words::FrameWanted { epoch, seq } => {
+                out.put(&epoch.0);
+                out.put_u64(seq.0);
+                FRAME_WANTED
+            }
+            Words::Frame(bytes) => {
+                put_bytes(out, bytes);
+                FRAME
+            }
             Words::Cannot { code, text } => {
                 out.put_u8(code.code());
                 put_text(out, text);
@@ -206,7 +263,7 @@ impl Integrity {
 
     /// Whether a message of this kind is one of these.
     pub(super) const fn is_kind(kind: u8) -> bool {
-        matches!(kind, HASHES_WANTED..=REPORT)
+        matches!(kind, HASHES_WANTED..=FRAME)
     }
 
     /// Reads the body of a message of `kind`.
@@ -216,6 +273,23 @@ impl Integrity {
         let words = match kind {
             HASHES_WANTED => Words::HashesWanted { at: position(reader)?, range: range(reader)? },
             HASHES => Words::Hashes(runs(reader)?),
+            CONTENT_WANTED => {
+                let at = position(reader)?;
+                let disk = DiskNo(reader.u32()?);
+                let extent = Extent::new(reader.u64()?, u64::from(reader.u32()?));
+                let fits = (1..=CONTENT_SECTORS_MAX).contains(&extent.sectors)
+                    && extent.fits(DISK_SECTORS_MAX)
+                    && is_disk(disk);
+                if !fits {
+                    return Err(WireError::OutOfRange("extent of content"));
+                }
+                Words::ContentWanted { at, disk, extent }
+            }
+            CONTENT => Words::Content { hash: reader.array()?, bytes: bytes(reader, CONTENT_MAX)? },
+            FRAME_WANTED => {
+                Words::FrameWanted { epoch: EpochId(reader.array()?), seq: Seq(reader.u64()?) }
+            }
+            FRAME => Words::Frame(bytes(reader, FRAME_DISK_MAX)?),
             CANNOT => Words::Cannot {
                 code: CannotCode::from_code(reader.u8()?)
                     .ok_or(WireError::OutOfRange("reason for no answer"))?,
@@ -227,6 +301,23 @@ impl Integrity {
         };
         Ok(Self { group, number, words })
     }
+}
+
+fn is_disk(disk: DiskNo) -> bool {
+    usize::try_from(disk.0).is_ok_and(|disk| disk < DISKS_MAX)
+}
+
+fn put_bytes(out: &mut Vec<u8>, bytes: &[u8]) {
+    out.put_u32(u32::try_from(bytes.len()).unwrap_or(u32::MAX));
+    out.put(bytes);
+}
+
+fn bytes(reader: &mut Reader<'_>, max: usize) -> Result<Vec<u8>, WireError> {
+    let len = usize::try_from(reader.u32()?).unwrap_or(usize::MAX);
+    if len == 0 || len > max {
+        return Err(WireError::OutOfRange("length of content"));
+    }
+    Ok(reader.take(len)?.to_vec())
 }
 
 fn put_range(out: &mut Vec<u8>, range: &HashRange) {
@@ -243,7 +334,7 @@ fn range(reader: &mut Reader<'_>) -> Result<HashRange, WireError> {
         first: reader.u64()?,
         count: reader.u32()?,
     };
-    let fits = usize::try_from(range.disk.0).is_ok_and(|disk| disk < DISKS_MAX)
+    let fits = is_disk(range.disk)
         && range.first < DISK_SECTORS_MAX / range.grain.sectors()
         && (1..=HASHES_MAX).contains(&range.count);
     if fits { Ok(range) } else { Err(WireError::OutOfRange("range of hashes")) }

@@ -153,6 +153,23 @@ fn integrity_messages() -> Vec<(Message, String)> {
         ),
         (Words::Enough, format!("19000000 23 {g}")),
         (
+            Words::ContentWanted {
+                at: position(3),
+                disk: DiskNo(2),
+                extent: crate::extent::Extent::new(0x10, 8),
+            },
+            format!("51000000 25 {g} {p} 02000000 1000000000000000 08000000"),
+        ),
+        (
+            Words::Content { hash: [0x33; 16], bytes: vec![1, 2, 3] },
+            format!("30000000 26 {g} {} 03000000 010203", "33".repeat(16)),
+        ),
+        (
+            Words::FrameWanted { epoch: EpochId([3; 16]), seq: Seq(9) },
+            format!("31000000 27 {g} {} 0900000000000000", "03".repeat(16)),
+        ),
+        (Words::Frame(vec![4, 5]), format!("1f000000 28 {g} 02000000 0405")),
+        (
             Words::Report { alert: true, text: "bad".into() },
             format!("1f000000 24 {g} 01 0300 626164"),
         ),
@@ -203,6 +220,21 @@ fn ranges_and_runs_of_hashes_are_bounded() {
         "02000000 00 0000000000000000 01400000",
     ] {
         assert!(matches!(asked(wrong), Err(WireError::OutOfRange(_))), "{wrong}");
+    }
+    let content =
+        |rest: &str| Message::decode(&bytes(format!("25 {group} 0500000000000000 {p} {rest}")));
+    assert!(content("02000000 0000000000000000 80000000").is_ok());
+    for wrong in [
+        "02000000 0000000000000000 00000000",
+        "02000000 0000000000000000 81000000",
+        "02000000 ffffffffffffffff 01000000",
+        "00100000 0000000000000000 01000000",
+    ] {
+        assert!(matches!(content(wrong), Err(WireError::OutOfRange(_))), "{wrong}");
+    }
+    let frame = |rest: &str| Message::decode(&bytes(format!("28 {group} 0500000000000000 {rest}")));
+    for wrong in ["00000000", "ffffffff"] {
+        assert!(matches!(frame(wrong), Err(WireError::OutOfRange(_))), "{wrong}");
     }
     assert!(told("01000000 00 00400000").is_ok());
     for wrong in [

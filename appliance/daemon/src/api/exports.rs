@@ -20,6 +20,7 @@ use srn_store::group::View;
 
 use super::routes::Body;
 use crate::error::{Failure, Result};
+use crate::fleet::Level;
 use crate::group::Group;
 use crate::node::Node;
 use crate::node::backend::Extra;
@@ -41,6 +42,9 @@ pub struct ExportRequest {
     /// A branch, by the beginning of its id; none for the group's history.
     #[serde(default)]
     pub branch: Option<String>,
+    /// A person accepts that what is damaged reads as zero.
+    #[serde(default)]
+    pub accept_damage: bool,
 }
 
 /// An export that is open.
@@ -68,6 +72,7 @@ pub(super) async fn open(
         Some(branch) => group.view_branch(branch, &request.at).await?,
         None => newest_or(&group, &request.at).await?,
     };
+    let view = Arc::new(if request.accept_damage { view.accepting_damage() } else { view });
     let catalog = view.catalog();
     let (disk, found) = catalog.by_name(&request.disk).ok_or_else(|| {
         let known: Vec<&str> = catalog.disks.values().map(|disk| disk.name.as_str()).collect();
@@ -84,6 +89,7 @@ pub(super) async fn open(
             request.disk
         )));
     }
+    let words_of = format!("disk {} at {words}", request.disk);
     let size = found.sectors * SECTOR;
     let name = format!(
         "export/{}-{}-{}",
@@ -93,7 +99,7 @@ pub(super) async fn open(
     );
     let description = format!("disk {} of group {} at {words}", request.disk, request.group);
     node.exports()
-        .publish(name.clone(), Extra::Point { view: Arc::new(view), disk, size, description });
+        .publish(name.clone(), Extra::Point { view: view.clone(), disk, size, description });
     let socket = node.nbd_socket().display().to_string();
     let open = OpenExport {
         uri: format!("nbd+unix:///{name}?socket={socket}"),
@@ -105,7 +111,8 @@ pub(super) async fn open(
     let mut line = serde_json::to_string(&open)
         .map_err(|error| Failure::internal(format!("encoding an answer: {error}")))?;
     line.push('\n');
-    let held = Held { node, name };
+    let accepted = request.accept_damage.then_some((group, view, words_of));
+    let held = Held { node, name, accepted };
     let pulse = tokio::time::interval(PULSE);
     let lines = Lines { first: Some(line), pulse, _held: held };
     Ok(Response::new(HttpBody::from_stream(lines)))
@@ -125,11 +132,31 @@ async fn newest_or(group: &Arc<Group>, at: &str) -> Result<(View, String)> {
 struct Held {
     node: Arc<Node>,
     name: String,
+    /// What was exported with its damage accepted.
+    accepted: Option<(Arc<Group>, Arc<View>, String)>,
 }
 
 impl Drop for Held {
     fn drop(&mut self) {
         self.node.exports().withdraw(&self.name);
+        // Which sectors were read as zero is part of the record.
+        if let Some((group, view, what)) = &self.accepted {
+            let lost: Vec<String> = view
+                .accepted_damage()
+                .iter()
+                .map(|(_, extent)| format!("{}+{}", extent.start, extent.sectors))
+                .collect();
+            if !lost.is_empty() {
+                let most: Vec<&str> = lost.iter().take(100).map(String::as_str).collect();
+                let text = format!(
+                    "{what} was exported with accepted damage: {} ranges of sectors were read as \
+                     zero: {}",
+                    lost.len(),
+                    most.join(", ")
+                );
+                group.tell(Level::Warning, &text);
+            }
+        }
     }
 }
 

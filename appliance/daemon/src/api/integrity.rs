@@ -18,7 +18,7 @@ use tokio::sync::mpsc;
 use super::routes::Body;
 use crate::error::{Failure, Result};
 use crate::group::Group;
-use crate::group::integrity::{Verified, WorkStatus};
+use crate::group::integrity::{Scrubbed, Verified, WorkStatus};
 use crate::node::Node;
 
 /// How often it is said how far it is.
@@ -52,6 +52,21 @@ pub(super) async fn verify(
     let group = node.find_group(&group)?;
     let verify = group.prepare_verify(request.disk.as_deref()).await?;
     Ok(follow::<Verified>(node, group, verify.run()))
+}
+
+/// A request to read everything that is held.
+#[derive(Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ScrubRequest {}
+
+pub(super) async fn scrub(
+    State(node): State<Arc<Node>>,
+    Path(group): Path<String>,
+    Body(ScrubRequest {}): Body<ScrubRequest>,
+) -> Result<Response> {
+    let group = node.find_group(&group)?;
+    let scrub = group.prepare_scrub().await?;
+    Ok(follow::<Scrubbed>(node, group, scrub.run()))
 }
 
 /// Runs `work` and says how far it is, for as long as somebody listens.

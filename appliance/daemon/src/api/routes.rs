@@ -57,6 +57,7 @@ pub(super) fn router(node: Arc<Node>) -> Router {
         .route("/v1/groups/{group}/branches/{branch}", delete(reversal::delete_branch))
         .route("/v1/groups/{group}/recoveries", post(start_recovery))
         .route("/v1/groups/{group}/verify", post(integrity::verify))
+        .route("/v1/groups/{group}/scrub", post(integrity::scrub))
         .route("/v1/recoveries", get(recoveries))
         .route("/v1/recoveries/{id}", get(recovery))
         .route("/v1/recoveries/{id}/stop", post(stop_recovery))
@@ -171,6 +172,9 @@ pub struct GroupChange {
     pub synchronous: Option<Synchronous>,
     /// The most that the log may take, in bytes; takes effect at the next start.
     pub log_cap_bytes: Option<u64>,
+    /// Seconds between scrubs; 0 for none.
+    #[serde(default)]
+    pub scrub_every_s: Option<u64>,
     /// A program that makes sure that production is off; empty for none.
     pub fence_hook: Option<PathBuf>,
     /// Its part of a link that it shares.
@@ -209,6 +213,7 @@ async fn change_group(
         set(&mut record.history_s, change.history_s);
         set(&mut record.keep_branches_s, change.keep_branches_s);
         set(&mut record.log_cap_bytes, change.log_cap_bytes);
+        set(&mut record.scrub_every_s, change.scrub_every_s);
         record.full_policy = change.full_policy.unwrap_or(record.full_policy);
         record.priority = change.priority.unwrap_or(record.priority);
         record.isolated_start = change.isolated_start.unwrap_or(record.isolated_start);

@@ -97,6 +97,11 @@ pub(super) enum Command {
         #[arg(long)]
         disk: Option<String>,
     },
+    /// Read everything that this node holds of a group, and repair what is damaged from the peer.
+    Scrub {
+        /// The group.
+        group: String,
+    },
     /// Look at a state directory while no daemon runs: list, verify, export. Changes nothing there.
     #[command(subcommand)]
     Inspect(super::inspect::InspectCommand),
@@ -211,6 +216,9 @@ pub(super) struct Settings {
     /// How long branches are kept, which failovers leave behind [default: 30days].
     #[arg(long, value_parser = parse_duration, value_name = "DURATION")]
     pub(super) keep_branches: Option<std::time::Duration>,
+    /// Time between scrubs, which read everything to find damage early; 0s for none.
+    #[arg(long, value_parser = parse_duration, value_name = "DURATION")]
+    pub(super) scrub_every: Option<std::time::Duration>,
     /// The most that the log may take, for example 10G.
     #[arg(long, value_parser = parse_size, value_name = "SIZE")]
     pub(super) log_size: Option<u64>,
@@ -446,6 +454,9 @@ pub(super) struct ExportArgs {
     /// Replace the file if it is there.
     #[arg(long, requires = "raw")]
     pub(super) force: bool,
+    /// What is damaged reads as zero; an event names the sectors.
+    #[arg(long)]
+    pub(super) accept_damage: bool,
     /// Serve it read-only over NBD until Ctrl-C.
     #[arg(long, group = "to")]
     pub(super) nbd: bool,

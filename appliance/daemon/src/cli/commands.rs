@@ -71,6 +71,7 @@ pub(super) async fn run(client: Client, json: bool, command: Command) -> Result<
         Command::Failover(command) => failover(&client, &out, command).await,
         Command::NbdCert(command) => nbd_cert::run(&client, &out, command).await,
         Command::Export(args) => export(&client, &out, args).await,
+        Command::Scrub { group } => integrity::scrub(&client, &out, group).await,
         Command::Verify { group, disk } => integrity::verify(&client, &out, group, disk).await,
     }
 }
@@ -164,6 +165,7 @@ fn change(settings: &Settings) -> GroupChange {
             LinkPriority::Normal => Priority::Normal,
             LinkPriority::Low => Priority::Low,
         }),
+        scrub_every_s: settings.scrub_every.map(|every| every.as_secs()),
         ..GroupChange::default()
     }
 }
@@ -187,6 +189,7 @@ async fn group(client: &Client, out: &Out, command: GroupCommand) -> Result<()> 
                 isolated_start: change.isolated_start,
                 synchronous: change.synchronous,
                 priority: change.priority,
+                scrub_every_s: change.scrub_every_s,
             };
             let made: GroupStatus = client.post("/v1/groups", &request).await?;
             out.show(&made, |made| {
@@ -480,8 +483,13 @@ async fn start(client: &Client, out: &Out, group: &str, request: RecoveryRequest
 }
 
 async fn export(client: &Client, out: &Out, args: ExportArgs) -> Result<()> {
-    let request =
-        ExportRequest { group: args.group, disk: args.disk, at: args.at, branch: args.branch };
+    let request = ExportRequest {
+        group: args.group,
+        disk: args.disk,
+        at: args.at,
+        branch: args.branch,
+        accept_damage: args.accept_damage,
+    };
     if let Some(path) = &args.raw
         && path.exists()
         && !args.force

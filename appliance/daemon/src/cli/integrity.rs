@@ -5,10 +5,10 @@ use std::io::{IsTerminal, Write};
 use super::client::{Client, segment};
 use super::commands::Out;
 use super::{render, say_error};
-use crate::api::{Said, VerifyRequest};
+use crate::api::{Said, ScrubRequest, VerifyRequest};
 use crate::config::Size;
 use crate::error::{Failure, Kind, Result};
-use crate::group::integrity::{Verified, WorkStatus};
+use crate::group::integrity::{Scrubbed, Verified, WorkStatus};
 
 /// Compares what the two nodes hold. Ctrl-C ends it at both.
 pub(super) async fn verify(
@@ -44,6 +44,55 @@ pub(super) async fn verify(
         Kind::Storage,
         format!("group {group} is not equal at both nodes at frame {}", verified.frame),
     ))
+}
+
+/// Reads everything that this node holds. Ctrl-C ends it.
+pub(super) async fn scrub(client: &Client, out: &Out, group: String) -> Result<()> {
+    let path = format!("/v1/groups/{}/scrub", segment(&group)?);
+    let mut shown = Shown { terminal: std::io::stderr().is_terminal() && !out.json, any: false };
+    let request = ScrubRequest {};
+    let reading = client.lines(&path, &request, |said: Said<Scrubbed>| match said {
+        Said::Progress(work) => {
+            shown.show(&work);
+            None
+        }
+        Said::Done(scrubbed) => Some(Ok(scrubbed)),
+        Said::Failed(failure) => Some(Err(failure)),
+    });
+    let scrubbed = tokio::select! {
+        scrubbed = reading => scrubbed.flatten(),
+        _ = tokio::signal::ctrl_c() => {
+            Err(Failure::refused("the scrub was ended before its end"))
+        }
+    };
+    shown.end();
+    let scrubbed = scrubbed?;
+    out.show(&scrubbed, self::scrubbed);
+    match scrubbed.damaged.first() {
+        None => Ok(()),
+        Some(first) => Err(Failure::new(
+            Kind::Storage,
+            format!("group {group} is damaged here: {}; srn events says why", first.what),
+        )),
+    }
+}
+
+fn scrubbed(scrubbed: &Scrubbed) -> String {
+    let mut out = vec![format!(
+        "group {}: {} read in {:.1} s, {} repaired, {} damaged still",
+        scrubbed.group,
+        Size(scrubbed.bytes),
+        scrubbed.seconds,
+        scrubbed.repaired.len(),
+        scrubbed.damaged.len()
+    )];
+    out.extend(scrubbed.repaired.iter().map(|damage| format!("  repaired: {}", damage.what)));
+    for damage in &scrubbed.damaged {
+        out.push(format!("  DAMAGED since {}: {}", damage.since, damage.what));
+        let places = damage.extents.iter();
+        out.extend(places.map(|(disk, at, len)| format!("    {len} bytes of {disk} at {at}")));
+    }
+    out.join("\n")
 }
 
 /// Progress on a terminal, in one line.

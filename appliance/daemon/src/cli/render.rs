@@ -261,6 +261,18 @@ pub(super) fn group(group: &GroupStatus) -> String {
     let duration = |seconds: u64| {
         humantime::format_duration(std::time::Duration::from_secs(seconds)).to_string()
     };
+    out.extend(
+        group
+            .damaged
+            .iter()
+            .map(|damage| format!("  DAMAGED since {}: {}", damage.since, damage.what)),
+    );
+    out.push(if group.scrub_every_s == 0 {
+        "  no scrubs".to_owned()
+    } else {
+        let last = group.scrubbed_at.as_ref().map(|at| format!(", counted from {at}"));
+        format!("  a scrub every {}{}", duration(group.scrub_every_s), last.unwrap_or_default())
+    });
     out.push(format!("  id {}, epoch {}", group.id, group.epoch));
     out.extend(group.epochs.iter().skip(1).map(|epoch| {
         let id: String = epoch.id.chars().take(8).collect();

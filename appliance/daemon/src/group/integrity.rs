@@ -1,4 +1,5 @@
-//! Whether what this node holds of a group is what it should hold: comparing it with the peer's.
+//! Whether what this node holds of a group is what it should hold: comparing it with the peer's,
+//! reading it all now and then, repairing it from the peer.
 //!
 //! Everything here is done at low priority, by one thread for the whole node, in pieces of bounded
 //! size, and gives way: it holds on to a position of the log, and lets go of it as soon as the log
@@ -7,6 +8,8 @@
 mod answer;
 mod ask;
 mod idle;
+mod repair;
+mod scrub;
 mod verify;
 
 use std::collections::BTreeMap;
@@ -17,12 +20,14 @@ use serde::{Deserialize, Serialize};
 use srn_core::time::Mono;
 use srn_core::wire::{HashRun, Words};
 use srn_store::group::GrainHash;
+use srn_store::group::damage::Damage;
 use tokio::sync::oneshot;
 
 use super::Group;
 use crate::clock;
 use crate::error::{Failure, Result};
 
+pub use scrub::{DamageStatus, Scrubbed};
 pub use verify::{DiskVerified, Range, Verified};
 
 /// What a group remembers of this.
@@ -38,6 +43,10 @@ pub(super) struct Integrity {
     work: Mutex<Option<Work>>,
     /// Held by what is under way.
     running: Arc<tokio::sync::Mutex<()>>,
+    /// What is known to be damaged.
+    damage: Mutex<Vec<Damage>>,
+    /// When a scrub or a repair was tried last, by this process.
+    tried: Mutex<Option<Mono>>,
     /// Reports of the peer in this minute, and when it began.
     reports: Mutex<(u32, Mono)>,
 }
@@ -54,7 +63,7 @@ struct Work {
 /// Something that looks at what is held here, as people see it.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct WorkStatus {
-    /// `verify`.
+    /// `verify` or `scrub`.
     pub kind: String,
     /// Bytes of disks looked at.
     pub done: u64,
@@ -67,6 +76,19 @@ pub struct WorkStatus {
 }
 
 impl Integrity {
+    /// What is known from before.
+    pub(super) fn load(store: &srn_store::group::Group) -> Self {
+        let damage = store.damage().unwrap_or_else(|error| {
+            log::error!("what was known to be damaged is not known any more: {error}");
+            Vec::new()
+        });
+        Self { damage: Mutex::new(damage), ..Self::default() }
+    }
+
+    fn damage(&self) -> MutexGuard<'_, Vec<Damage>> {
+        self.damage.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn held(&self) -> MutexGuard<'_, Option<answer::Held>> {
         self.held.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -4,13 +4,14 @@ use serde::{Deserialize, Serialize};
 use srn_core::ids::{DiskNo, Seq};
 use srn_core::limits::SECTOR;
 use srn_core::state::{Cause, Content, Facts as StateFacts, Link, State, decide};
+use srn_core::time::WallTime;
 use srn_store::group::Checkpoint;
 use srn_store::manifest::{Keep, Role};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::atomic::Ordering;
 
-use super::integrity::WorkStatus;
+use super::integrity::{DamageStatus, WorkStatus};
 use super::synchronous::SyncStatus;
 use super::ways_out::EpochStatus;
 use super::{Group, Side};
@@ -88,6 +89,15 @@ pub struct GroupStatus {
     /// What is being compared or scrubbed now.
     #[serde(default)]
     pub work: Option<WorkStatus>,
+    /// What is known to be damaged here.
+    #[serde(default)]
+    pub damaged: Vec<DamageStatus>,
+    /// Seconds between scrubs; 0 for none.
+    #[serde(default)]
+    pub scrub_every_s: u64,
+    /// When the last one ended, in RFC 3339; before the first: when the group came to this node.
+    #[serde(default)]
+    pub scrubbed_at: Option<String>,
 }
 
 /// How the group's history is looked after.
@@ -389,6 +399,7 @@ impl Group {
         // What has only just become unsafe may not be written down yet.
         let now = || (state != State::Streaming).then(clock::wall);
         let unsafe_since = self.facts().unsafe_since.or_else(now).map(clock::rfc3339);
+        let damaged = self.damage_status();
         let protected = role == Role::Secondary || record.peer.is_some();
         GroupStatus {
             name: record.name.clone(),
@@ -399,7 +410,10 @@ impl Group {
             state: state.to_string(),
             cause: cause.words().into(),
             detail,
-            safe: state == State::Streaming && protected && !catalog.disks.is_empty(),
+            safe: state == State::Streaming
+                && protected
+                && !catalog.disks.is_empty()
+                && damaged.is_empty(),
             unsafe_since,
             lag_seconds,
             lag_bytes,
@@ -447,6 +461,9 @@ impl Group {
             paused: record.paused,
             upkeep: self.facts().upkeep.clone(),
             work: self.integrity_work(),
+            damaged,
+            scrub_every_s: record.scrub_every_s,
+            scrubbed_at: record.scrubbed_at.map(|at| clock::rfc3339(WallTime(at))),
         }
     }
 

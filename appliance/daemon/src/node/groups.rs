@@ -52,6 +52,9 @@ pub struct GroupRequest {
     /// Its part of a link that it shares.
     #[serde(default)]
     pub priority: Option<Priority>,
+    /// Seconds between scrubs.
+    #[serde(default)]
+    pub scrub_every_s: Option<u64>,
 }
 
 impl Node {
@@ -178,6 +181,8 @@ impl Node {
             fence_hook: None,
             priority: Priority::default(),
             sources: Vec::new(),
+            scrub_every_s: crate::fleet::scrub_every_default(),
+            scrubbed_at: None,
         };
         let first = offer
             .epochs
@@ -311,5 +316,7 @@ fn record(
         fence_hook: None,
         priority: request.priority.unwrap_or_default(),
         sources: Vec::new(),
+        scrub_every_s: request.scrub_every_s.unwrap_or_else(crate::fleet::scrub_every_default),
+        scrubbed_at: None,
     })
 }

@@ -118,6 +118,7 @@ impl Group {
             keep,
             free,
             publishing: Mutex::default(),
+            damage_seen: false.into(),
             maintaining: Mutex::new(()),
             compacting: Mutex::default(),
             state: Mutex::new(state),

@@ -1,14 +1,15 @@
 //! Reading disks at one position, or at the head of a line that is being written.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use srn_core::bytes::content_sum;
 use srn_core::epoch::Position;
 use srn_core::extent::{Extent, gaps};
 use srn_core::frame::envelope::Codec;
 use srn_core::ids::{DiskNo, EpochId, Seq};
-use srn_core::limits::{BLOCK_MAX, PAGE, SECTOR};
+use srn_core::limits::{BLOCK_MAX, PAGE, PAGE_SECTORS, SECTOR};
 
 use super::{Group, State};
 use crate::base::Base;
@@ -91,6 +92,8 @@ impl Drop for Lease {
 pub struct View {
     group: Arc<Group>,
     at: At,
+    /// A person accepts that what is damaged reads as zero; and what that was, so far.
+    accepted: Option<Mutex<BTreeMap<(DiskNo, u64), u64>>>,
 }
 
 #[derive(Debug)]
@@ -125,7 +128,7 @@ impl Group {
     /// [`StoreError::Invalid`] for a cache, which holds no full copy.
     pub fn view_head_of(self: &Arc<Self>, line: EpochId) -> Result<View> {
         self.check_replica()?;
-        Ok(View { group: self.clone(), at: At::Head(line) })
+        Ok(View { group: self.clone(), at: At::Head(line), accepted: None })
     }
 
     fn check_replica(&self) -> Result<()> {
@@ -181,6 +184,7 @@ impl Group {
         Ok(View {
             group: self.clone(),
             at: At::Point { catalog: Box::new(catalog), sources, _lease: lease },
+            accepted: None,
         })
     }
 
@@ -447,7 +451,73 @@ impl View {
         if extent.bytes() != out.len() as u64 {
             return Err(StoreError::Invalid("a read's buffer does not fit its extent".into()));
         }
-        self.with_sources(|sources| sources.read(&self.group, disk, extent, out))
+        let read = self.with_sources(|sources| sources.read(&self.group, disk, extent, out));
+        if matches!(read, Err(StoreError::Corrupt(_))) {
+            self.group.damage_seen.store(true, Ordering::Relaxed);
+        }
+        match (read, &self.accepted) {
+            (Err(StoreError::Corrupt(_)), Some(accepted)) => {
+                self.read_around_damage(disk, extent, out, accepted)
+            }
+            (read, _) => read,
+        }
+    }
+
+    /// The same, but that damaged content reads as zero from now on, page by page. A person has to
+    /// have accepted that, and has to be told what it was: [`View::accepted_damage`].
+    #[must_use]
+    pub fn accepting_damage(mut self) -> Self {
+        self.accepted = Some(Mutex::default());
+        self
+    }
+
+    /// What was read as zero because it is damaged.
+    #[must_use]
+    pub fn accepted_damage(&self) -> Vec<(DiskNo, Extent)> {
+        let Some(accepted) = &self.accepted else { return Vec::new() };
+        let all = accepted.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let mut joined: Vec<(DiskNo, Extent)> = Vec::new();
+        for ((disk, start), sectors) in all {
+            let extent = Extent::new(start, sectors);
+            match joined.last_mut() {
+                Some((same, last)) if *same == disk && extent.start <= last.end() => {
+                    last.sectors = last.sectors.max(extent.end() - last.start);
+                }
+                _ => joined.push((disk, extent)),
+            }
+        }
+        joined
+    }
+
+    fn read_around_damage(
+        &self,
+        disk: DiskNo,
+        extent: Extent,
+        out: &mut [u8],
+        accepted: &Mutex<BTreeMap<(DiskNo, u64), u64>>,
+    ) -> Result<()> {
+        let mut rest = out;
+        let mut at = extent.start;
+        while at < extent.end() {
+            let end = (at / PAGE_SECTORS + 1).saturating_mul(PAGE_SECTORS).min(extent.end());
+            let part = Extent::new(at, end - at);
+            let len = usize::try_from(part.bytes()).unwrap_or(usize::MAX);
+            let (page, behind) = rest.split_at_mut_checked(len).ok_or_else(|| {
+                StoreError::Invalid("a read's buffer does not fit its extent".into())
+            })?;
+            match self.with_sources(|sources| sources.read(&self.group, disk, part, page)) {
+                Err(StoreError::Corrupt(_)) => {
+                    page.fill(0);
+                    let mut accepted = accepted.lock().unwrap_or_else(PoisonError::into_inner);
+                    let sectors = accepted.entry((disk, part.start)).or_default();
+                    *sectors = part.sectors.max(*sectors);
+                }
+                other => other?,
+            }
+            rest = behind;
+            at = end;
+        }
+        Ok(())
     }
 
     /// How an extent of a disk is stored, in order. It may end early, but is never empty.

@@ -10,7 +10,7 @@
 mod read;
 mod write;
 
-pub use read::{BadBlock, BlockCache, Entries, Run};
+pub use read::{BadBlock, BlockCache, Entries, Run, RunCheck};
 pub use write::{RunScope, RunWriter};
 
 use srn_core::bytes::content_sum;

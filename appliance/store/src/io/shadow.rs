@@ -280,6 +280,19 @@ impl File for ShadowFile {
         Ok(())
     }
 
+    fn next_data(&self, offset: u64) -> io::Result<Option<u64>> {
+        let over = self.lock();
+        let rest = Extent::new(offset, over.len.saturating_sub(offset));
+        let parts = over.parts.overlaps(FILE, rest);
+        let own = parts.into_iter().find(|(_, what)| matches!(what, Part::Data(_)));
+        let below = match &self.below {
+            Some(below) => below.next_data(offset)?.filter(|at| *at < over.below),
+            None => None,
+        };
+        // What was punched over data below is told as data: it may be, and reads as zero.
+        Ok(own.map(|(part, _)| part.start).into_iter().chain(below).min())
+    }
+
     fn punch(&self, offset: u64, len: u64) -> io::Result<()> {
         let mut over = self.lock();
         let len = len.min(over.len.saturating_sub(offset));

@@ -159,6 +159,10 @@ impl File for Watched {
         self.latch.watch("setting a length", self.file.set_len(len))
     }
 
+    fn next_data(&self, offset: u64) -> io::Result<Option<u64>> {
+        self.file.next_data(offset)
+    }
+
     fn punch(&self, offset: u64, len: u64) -> io::Result<()> {
         self.latch.check()?;
         self.latch.watch("freeing space", self.file.punch(offset, len))

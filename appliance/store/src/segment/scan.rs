@@ -38,6 +38,26 @@ pub struct Tail {
     pub watermark: Seq,
 }
 
+/// What comes next in a segment that may be damaged.
+#[derive(Debug, Clone)]
+pub enum Found {
+    /// A good frame, and where it begins.
+    Frame(u64, Arc<Frame>),
+    /// Frames that cannot be read.
+    Gap {
+        /// The first.
+        from: Seq,
+        /// The last.
+        to: Seq,
+        /// Where they begin.
+        offset: u64,
+        /// Where the next good one begins, or the frames end.
+        end: u64,
+    },
+    /// That was all.
+    End,
+}
+
 /// A segment file to read.
 #[derive(Debug, Clone)]
 pub struct Target {
@@ -165,6 +185,38 @@ impl Scan {
         self.watermark = self.watermark.max(durable);
         self.offset = at + frame.envelope().disk_len() as u64;
         Ok(Some((at, Arc::new(frame))))
+    }
+
+    /// What comes next in a segment whose frames are known to go on to `last` and end at offset
+    /// `end`: a good frame, or those that are missing up to the next good one.
+    ///
+    /// # Errors
+    /// As the volume says. Damage is no error.
+    pub fn next_or_gap(&mut self, last: Seq, end: u64) -> Result<Found> {
+        if self.last >= last {
+            return Ok(Found::End);
+        }
+        if let Some((offset, frame)) = self.next(true)? {
+            return Ok(Found::Frame(offset, frame));
+        }
+        let (from, offset) = (self.last.next(), self.offset);
+        let mut at = offset + PAGE as u64;
+        while at < end {
+            if let Some((frame, _)) = self.frame_at(at, true)? {
+                let header = frame.header();
+                let fits = header.epoch == self.segment.header.epoch
+                    && header.seq > from
+                    && header.seq <= last;
+                if fits {
+                    let (seq, prev) = (header.seq, header.prev);
+                    self.seek(at, seq.prev(), prev);
+                    return Ok(Found::Gap { from, to: seq.prev(), offset, end: at });
+                }
+            }
+            at += PAGE as u64;
+        }
+        self.last = last;
+        Ok(Found::Gap { from, to: last, offset, end })
     }
 
     /// Looks at everything behind the last good frame, and says how it ends.

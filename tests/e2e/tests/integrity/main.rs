@@ -1,4 +1,5 @@
-//! Whether what is held is what should be held: comparing the two nodes.
+//! Whether what is held is what should be held: comparing the two nodes, scrubbing and repairing.
 
 mod common;
+mod scrub;
 mod verify;

@@ -7,11 +7,13 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use srn_core::epoch::Position;
+use srn_core::extent::Extent;
+use srn_core::ids::{DiskNo, EpochId, Seq};
 use srn_core::time::Mono;
 use srn_core::wire::{CannotCode, HashRange, Integrity as Said, Message, Words};
 use srn_link::Session;
 use srn_store::StoreError;
-use srn_store::group::{Group as Store, View};
+use srn_store::group::{Group as Store, View, content_hash};
 use srn_store::manifest::Keep;
 
 use super::{Group, idle, to_runs};
@@ -57,7 +59,9 @@ impl Group {
     /// The peer asks, answers or tells something about the content of this group.
     pub(in crate::group) fn on_integrity(self: &Arc<Self>, session: &Session, said: Said) {
         match said.words {
-            question @ Words::HashesWanted { .. } => {
+            question @ (Words::HashesWanted { .. }
+            | Words::ContentWanted { .. }
+            | Words::FrameWanted { .. }) => {
                 let (this, session) = (self.clone(), session.clone());
                 tokio::spawn(async move {
                     let words = this.answer_question(question).await;
@@ -67,7 +71,10 @@ impl Group {
             }
             Words::Enough => drop(self.integrity.held().take()),
             Words::Report { alert, text } => self.on_report(session, alert, &text),
-            answer @ (Words::Hashes(_) | Words::Cannot { .. }) => {
+            answer @ (Words::Hashes(_)
+            | Words::Content { .. }
+            | Words::Frame(_)
+            | Words::Cannot { .. }) => {
                 // Whoever asked may have given up.
                 if let Some(waiting) = self.integrity.waiting().remove(&said.number) {
                     let _ = waiting.send(answer);
@@ -99,7 +106,8 @@ impl Group {
             return cannot(CannotCode::Busy, "too many questions at once");
         }
         let _answering = Answering(self);
-        if self.store.keep() == Keep::Cache {
+        let about_log = matches!(question, Words::FrameWanted { .. });
+        if self.store.keep() == Keep::Cache && !about_log {
             return cannot(CannotCode::NoCopy, "a local cache holds no copy of the disks");
         }
         if self.log_needs_room() {
@@ -107,6 +115,8 @@ impl Group {
         }
         let answered = match question {
             Words::HashesWanted { at, range } => self.hashes(at, range).await,
+            Words::ContentWanted { at, disk, extent } => self.content(at, disk, extent).await,
+            Words::FrameWanted { epoch, seq } => self.frame(epoch, seq).await,
             _ => return cannot(CannotCode::Failed, "that is no question"),
         };
         match answered {
@@ -136,6 +146,40 @@ impl Group {
             let grain = range.grain.sectors();
             let hashes = view.hashes(range.disk, grain, range.first, count, READ_MAX)?;
             Ok(Words::Hashes(to_runs(&hashes)))
+        })
+        .await
+    }
+
+    async fn content(
+        self: &Arc<Self>,
+        at: Position,
+        disk: DiskNo,
+        extent: Extent,
+    ) -> Result<srn_store::Result<Words>> {
+        let held = self.held_view(at);
+        let (store, this) = (self.store.clone(), self.clone());
+        idle::run(move || {
+            let view = open(held, &store, at)?;
+            this.hold(&view);
+            if view.catalog().disks.get(&disk).is_none_or(|disk| !extent.fits(disk.sectors)) {
+                return Err(StoreError::Invalid(format!("disk {disk} ends before that")));
+            }
+            let mut bytes = vec![0; usize::try_from(extent.bytes()).unwrap_or(0)];
+            view.read(disk, extent, &mut bytes)?;
+            Ok(Words::Content { hash: content_hash(&bytes), bytes })
+        })
+        .await
+    }
+
+    async fn frame(self: &Arc<Self>, epoch: EpochId, seq: Seq) -> Result<srn_store::Result<Words>> {
+        let store = self.store.clone();
+        idle::run(move || {
+            let gone = || StoreError::NotInHistory(format!("frame {seq} is not in the log"));
+            let frame = store.cursor(seq).next()?.ok_or_else(gone)?;
+            if frame.header().epoch != epoch {
+                return Err(gone());
+            }
+            Ok(Words::Frame(frame.to_wire()))
         })
         .await
     }

@@ -150,7 +150,7 @@ impl Group {
         if self.store.keep() == Keep::Cache {
             return Err(Failure::refused(format!(
                 "group {name} keeps a local cache here, which is no copy to compare with; what the \
-                 recovery node holds is verified against the log's own checksums there"
+                 recovery node holds can be verified against its checksums there: srn scrub {name}"
             )));
         }
         if self.awaits_reversal() {
@@ -383,8 +383,8 @@ fn told(group: &Group, why: Unanswered) -> Failure {
     match why {
         Unanswered::Failed(failure) => failure,
         Unanswered::NoCopy => Failure::refused(format!(
-            "the production node of group {} keeps a local cache, which is no copy to compare \
-             with; what this node holds is verified against the log's own checksums",
+            "the production node of group {0} keeps a local cache, which is no copy to compare \
+             with; what this node holds can be verified against its checksums: srn scrub {0}",
             group.name()
         )),
         Unanswered::NotInHistory(text) => Failure::refused(format!(

@@ -310,6 +310,27 @@ impl Run {
         Ok(items)
     }
 
+    /// Begins to compare the whole file with the hash in its footer.
+    #[must_use]
+    pub fn begin_check(&self) -> RunCheck {
+        RunCheck { at: 0, hasher: blake3::Hasher::new() }
+    }
+
+    /// Bytes of the file.
+    ///
+    /// # Errors
+    /// As the volume says.
+    pub fn len(&self) -> Result<u64> {
+        let doing = || format!("asking for the length of {}", file_name(self.meta.file));
+        self.file.size().doing(doing)
+    }
+
+    /// Whether there is no entry in it.
+    #[must_use]
+    pub const fn is_empty(&self) -> bool {
+        self.meta.entries == 0
+    }
+
     /// Every entry, front to back, around the cache.
     #[must_use]
     pub const fn iter(&self) -> Entries<&Self> {
@@ -329,6 +350,46 @@ impl Run {
             .ok_or_else(|| self.damaged())
     }
 }
+
+/// A comparison of a run's file with its hash that is under way.
+#[derive(Debug)]
+pub struct RunCheck {
+    at: u64,
+    hasher: blake3::Hasher,
+}
+
+impl RunCheck {
+    /// Reads on, at most `bytes`. Gives whether the file is sound, once that is known, and the bytes
+    /// that were read.
+    ///
+    /// # Errors
+    /// As the volume says. Damage is no error.
+    pub fn step(&mut self, run: &Run, bytes: usize) -> Result<(Option<bool>, u64)> {
+        let footer_at = run.len()?.saturating_sub(PAGE as u64);
+        let left = usize::try_from(footer_at - self.at.min(footer_at)).unwrap_or(usize::MAX);
+        if left > 0 {
+            let mut buf = AlignedBuf::zeroed(bytes.min(left).next_multiple_of(PAGE));
+            let doing = || format!("reading index file {}", file_name(run.meta.file));
+            let read = run.file.read_at(&mut buf, self.at).doing(doing)?;
+            if read < buf.len() {
+                return Ok((Some(false), read as u64));
+            }
+            self.hasher.update(&buf);
+            self.at += buf.len() as u64;
+            return Ok((None, read as u64));
+        }
+        let mut page = AlignedBuf::zeroed(PAGE);
+        let doing = || format!("reading index file {}", file_name(run.meta.file));
+        run.file.read_at(&mut page, footer_at).doing(doing)?;
+        let content = page.first_chunk().and_then(|page| open_block(page, LEVEL_FOOTER));
+        let hash = content.and_then(|(_, content)| content.get(HASH_AT..HASH_AT + 32));
+        let is_sound = hash == Some(self.hasher.finalize().as_bytes());
+        Ok((Some(is_sound), PAGE as u64))
+    }
+}
+
+/// Where the hash of the file lies in the footer's content.
+const HASH_AT: usize = 120;
 
 impl Lookup for Run {
     fn lookup(&self, disk: DiskNo, extent: Extent, out: &mut Vec<(Extent, Place)>) -> Result<()> {
