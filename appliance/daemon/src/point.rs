@@ -14,7 +14,7 @@ use srn_store::manifest::Keep;
 
 use crate::clock;
 use crate::error::{Failure, Result};
-use crate::group::{CheckpointStatus, Group};
+use crate::group::{BranchStatus, CheckpointStatus, Group};
 
 /// The fewest characters of a checkpoint's id that name it.
 const ID_PREFIX_MIN: usize = 4;
@@ -47,6 +47,8 @@ pub struct HistoryStatus {
     pub gaps: Vec<GapStatus>,
     /// The checkpoints, oldest first.
     pub checkpoints: Vec<CheckpointStatus>,
+    /// What failovers have left behind here, with its own checkpoints.
+    pub branches: Vec<BranchStatus>,
     /// What was asked for, if something was.
     pub chosen: Option<Chosen>,
 }
@@ -131,6 +133,7 @@ pub fn history(group: &Group, at: Option<&str>) -> Result<HistoryStatus> {
             })
             .collect(),
         checkpoints: store.checkpoints()?.iter().map(CheckpointStatus::from).collect(),
+        branches: group.read_branches()?,
         chosen,
     })
 }

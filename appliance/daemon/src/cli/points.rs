@@ -54,6 +54,19 @@ fn history_text(history: &HistoryStatus) -> String {
     }
     lines.push(String::new());
     lines.push(checkpoints(&history.checkpoints));
+    for branch in &history.branches {
+        lines.push(format!(
+            "\nbranch {}: frames {} to {}, left behind {}, kept until {}",
+            branch.id,
+            branch.fork + 1,
+            branch.end,
+            branch.since,
+            branch.kept_until
+        ));
+        if !branch.checkpoints.is_empty() {
+            lines.push(checkpoints(&branch.checkpoints));
+        }
+    }
     lines.join("\n")
 }
 

@@ -50,20 +50,22 @@ impl Group {
     /// # Errors
     /// When they cannot be read.
     pub async fn branches(self: &Arc<Self>) -> Result<Vec<BranchStatus>> {
+        let this = self.clone();
+        self.blocking(move || this.read_branches()).await
+    }
+
+    /// The same, for whoever may wait for the disk.
+    ///
+    /// # Errors
+    /// When they cannot be read.
+    pub fn read_branches(&self) -> srn_store::Result<Vec<BranchStatus>> {
         let keep_us = self.keep_branches_us();
-        let store = self.store.clone();
-        let read = move || {
-            let mut branches = store.branches()?;
-            branches.sort_by_key(|branch| branch.since);
-            branches
-                .into_iter()
-                .map(|branch| Ok((branch, store.branch_checkpoints(&branch)?)))
-                .collect::<srn_store::Result<Vec<_>>>()
-        };
-        let found = self.blocking(read).await?;
-        let status = |(branch, checkpoints): &(Branch, Vec<_>)| {
+        let mut branches = self.store.branches()?;
+        branches.sort_by_key(|branch| branch.since);
+        let status = |branch: &Branch| {
+            let checkpoints = self.store.branch_checkpoints(branch)?;
             let until = branch.since.0.saturating_add_unsigned(keep_us);
-            BranchStatus {
+            Ok(BranchStatus {
                 id: branch.id.short(),
                 fork: branch.fork.0,
                 end: branch.end.seq.0,
@@ -72,9 +74,9 @@ impl Group {
                 since: clock::rfc3339(branch.since),
                 kept_until: clock::rfc3339(WallTime(until)),
                 checkpoints: checkpoints.iter().map(CheckpointStatus::from).collect(),
-            }
+            })
         };
-        Ok(found.iter().map(status).collect())
+        branches.iter().map(status).collect()
     }
 
     fn keep_branches_us(&self) -> u64 {

@@ -45,8 +45,8 @@ impl Group {
                 } else {
                     format!(
                         "the log begins at frame {oldest}, the node that was primary before has \
-                         frames up to {fork}: replicating back needs a full copy; when it is back, \
-                         srn group delete {name} there"
+                         frames up to {fork}: turning the direction needs a full comparison of \
+                         both, which this version does not do"
                     )
                 }
             }
@@ -55,8 +55,8 @@ impl Group {
                  for good, this node goes on with srn group resume {name} --yes-not-taken-over)"
             ),
             Cause::FailoverAtPeer => format!(
-                "a cache cannot follow its peer: srn group delete {name}, and the peer replicates a \
-                 full copy to this node"
+                "a cache cannot follow its peer; when nothing here is needed: srn group delete {name}, \
+                 and this node gets a full copy, if the peer's log still goes back to the beginning"
             ),
             Cause::PeerAhead => format!(
                 "this node was set back to frame {here}, and what it lacks is at the peer: stop the \
@@ -78,7 +78,11 @@ impl Group {
             Cause::HistoriesDiffer | Cause::TooFarBehind => format!(
                 "keep what is needed of one node with srn export, delete the group there with srn \
                  group delete {name}{}",
-                if primary { "" } else { ", and it is replicated anew" }
+                if primary {
+                    ""
+                } else {
+                    ", and it is replicated anew if the log still goes back that far"
+                }
             ),
             _ => return None,
         })
