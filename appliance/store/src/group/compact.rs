@@ -181,6 +181,10 @@ impl Group {
         let Some(mut job) = compacting.job.take() else {
             return self.begin(&mut compacting, retention);
         };
+        // Retirement may have been quicker: then there is nothing left to merge.
+        if !self.lock().has_pieces(&job.window.pieces) {
+            return Ok(Worked::Something);
+        }
         match self.step(&mut job) {
             Ok(true) => {
                 self.finish(*job)?;
@@ -567,6 +571,12 @@ impl Compacting {
 }
 
 impl State {
+    /// Whether all these are pieces of the main line.
+    fn has_pieces(&self, pieces: &[PieceMeta]) -> bool {
+        let line = self.manifest.timelines.get(&self.manifest.main);
+        line.is_some_and(|line| pieces.iter().all(|piece| line.pieces.contains(piece)))
+    }
+
     /// The last position that nobody needs: neither the policy, nor a reader, nor another line.
     pub(super) fn floor(&self, retention: &Retention) -> Seq {
         let mut floor = retention.floor();
