@@ -5,15 +5,17 @@
 #   make test-full   everything that can be tested on one machine; writes tests/results/
 #   make test-lab    what needs hardware or accounts; says what it lacks
 #   make bench       measure against others; prints the README's table
+#   make sim         simulations, for SEEDS=100000 seeds each; Ctrl-C says how far they got
+#   make mutants     known bugs, each of which a simulation has to find
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 
-.PHONY: demo test test-full test-lab bench build help
+.PHONY: demo test test-full test-lab bench sim mutants build help
 
 help:
-	@sed -n '3,7s/^# *//p' Makefile
+	@sed -n '3,9s/^# *//p' Makefile
 
 build:
 	tests/setup/packages.sh build
@@ -37,3 +39,12 @@ bench:
 	tests/setup/packages.sh build server qemu nbd bench
 	cargo build --locked --release -p srn -p srn-e2e
 	target/release/bench
+
+SEEDS ?= 100000
+
+sim:
+	cargo build --locked -q -p srn-testkit --bin sim
+	target/debug/sim --seeds $(SEEDS)
+
+mutants:
+	cargo run --locked -q -p srn-testkit --features mutants --bin mutants

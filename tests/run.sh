@@ -91,6 +91,11 @@ rooms() {
     cargo test --locked --workspace --exclude srn-e2e --exclude srn-power-test --no-fail-fast "$@"
 }
 
+# Bugs that are put in on purpose, each of which a simulation has to find.
+mutants() {
+    cargo run --locked -p srn-testkit --features mutants --bin mutants
+}
+
 server_disk() {
     mkdir -p target/test-logs
     tests/server/build.sh "$@"
@@ -107,6 +112,7 @@ common() {
 merge() {
     common
     step "rooms: units, properties, simulation" rooms
+    step "known bugs are found" mutants
     step "the daemon is built" cargo build --locked -p srn -p srn-e2e
     step "end to end" cargo test --locked -p srn-e2e --no-fail-fast
     step "power cuts" env POWER_LAPS="${POWER_LAPS:-1}" cargo test --locked -p srn-power-test
@@ -118,6 +124,7 @@ full() {
     common
     export SIM_SEEDS="${SIM_SEEDS:-3000}" SRN_LAPS="${SRN_LAPS:-40}" POWER_LAPS="${POWER_LAPS:-12}"
     step "rooms: units, properties, simulation" rooms
+    step "known bugs are found" mutants
     step "the daemon is built" cargo build --locked -p srn -p srn-e2e
     step "end to end, more laps" cargo test --locked -p srn-e2e --no-fail-fast
     step "power cuts, more laps" cargo test --locked -p srn-power-test

@@ -25,6 +25,7 @@ pub mod extent;
 pub mod frame;
 pub mod ids;
 pub mod limits;
+pub mod mutants;
 pub mod name;
 pub mod pairing;
 pub mod point;

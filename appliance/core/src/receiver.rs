@@ -12,6 +12,7 @@
 use crate::epoch::{EpochTable, Position, Relation};
 use crate::frame::Header;
 use crate::ids::{FrameHash, GroupId, Seq};
+use crate::mutants::{self, Mutant};
 use crate::wire::{Offer, RefuseCode};
 
 /// What to answer to an offer.
@@ -159,7 +160,9 @@ impl Receiver {
     pub fn on_stream(&mut self, nonce: u64, first: Seq) -> Result<(), PeerFault> {
         match &mut self.stream {
             Some(stream)
-                if stream.nonce == nonce && !stream.begun && first == stream.last.seq.next() =>
+                if (stream.nonce == nonce || mutants::is(Mutant::StreamUnchecked))
+                    && !stream.begun
+                    && first == stream.last.seq.next() =>
             {
                 stream.begun = true;
                 Ok(())
@@ -185,14 +188,15 @@ impl Receiver {
             return Err(PeerFault::OtherGroup);
         }
         let expected = stream.last.seq.next();
-        if header.seq != expected {
+        if header.seq != expected && !mutants::is(Mutant::FrameOrderUnchecked) {
             return Err(PeerFault::OutOfOrder { got: header.seq, expected });
         }
-        if header.prev != stream.last.hash {
+        if header.prev != stream.last.hash && !mutants::is(Mutant::HashBeforeUnchecked) {
             return Err(PeerFault::BrokenChain(header.seq));
         }
         let position = Position { epoch: header.epoch, seq: header.seq, hash };
         if header.epoch != stream.last.epoch
+            && !mutants::is(Mutant::EpochUnchecked)
             && !stream
                 .offered
                 .list()
@@ -236,7 +240,8 @@ impl Receiver {
             stream.credit = credit;
             credit
         });
-        Durable { ack: Some(position.seq), credit }
+        let acked = if mutants::is(Mutant::AckedBeforeDurable) { &stream.last } else { &position };
+        Durable { ack: Some(acked.seq), credit }
     }
 }
 

@@ -12,6 +12,7 @@
 
 use crate::epoch::{EpochTable, Position, Relation};
 use crate::ids::{FrameHash, Seq};
+use crate::mutants::{self, Mutant};
 use crate::wire::RefuseCode;
 
 /// Where the conversation about the group stands.
@@ -176,7 +177,9 @@ impl Sender {
             }
             Relation::PastFork(_) => Some(Stop::NotOurHistory),
             Relation::Ancestor => match hash_here {
-                Some(hash) if hash != theirs.hash => Some(Stop::HashDiffers(theirs.seq)),
+                Some(hash) if hash != theirs.hash && !mutants::is(Mutant::PeerHashUnchecked) => {
+                    Some(Stop::HashDiffers(theirs.seq))
+                }
                 Some(_) if theirs.seq.next() >= oldest => None,
                 _ => Some(Stop::TooFarBehind { theirs: theirs.seq, oldest }),
             },
@@ -197,7 +200,9 @@ impl Sender {
     pub fn next_to_send(&self) -> Option<Seq> {
         match &self.phase {
             Phase::Streaming(stream)
-                if stream.next <= self.durable && stream.sent_bytes < stream.credit =>
+                if (stream.next <= self.durable || mutants::is(Mutant::SentBeforeDurable))
+                    && (stream.sent_bytes < stream.credit
+                        || mutants::is(Mutant::CreditUnheeded)) =>
             {
                 Some(stream.next)
             }

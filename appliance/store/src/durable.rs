@@ -6,6 +6,8 @@
 use std::io::IoSlice;
 use std::path::Path;
 
+use srn_core::mutants::{self, Mutant};
+
 use crate::error::{Doing, Result};
 use crate::io::{Access, Fs, Volume};
 
@@ -22,6 +24,9 @@ pub fn replace(volume: &Volume, dir: &Path, name: &str, bytes: &[u8]) -> Result<
     written?;
     let doing = || format!("replacing {}", dir.join(name).display());
     volume.rename(&temporary, &dir.join(name)).doing(doing)?;
+    if mutants::is(Mutant::ManifestDirectoryNotSynced) {
+        return Ok(());
+    }
     volume.sync_dir(dir).doing(doing)
 }
 
@@ -31,6 +36,9 @@ fn write_new(volume: &Volume, path: &Path, bytes: &[u8]) -> Result<()> {
     let _ = volume.remove(path);
     let file = volume.create(path, Access::Buffered).doing(doing)?;
     file.write_at(&[IoSlice::new(bytes)], 0, false).doing(doing)?;
+    if mutants::is(Mutant::ManifestNotSynced) {
+        return Ok(());
+    }
     file.sync().doing(doing)
 }
 

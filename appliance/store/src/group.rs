@@ -53,6 +53,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use srn_core::epoch::{EpochTable, Position};
 use srn_core::ids::{CheckpointId, EpochId, FrameHash, GroupId, Seq};
+use srn_core::mutants::{self, Mutant};
 use srn_core::time::{Now, WallTime};
 
 use crate::base::Base;
@@ -598,6 +599,10 @@ impl Group {
     /// # Errors
     /// As the volume says.
     pub fn set_fence(&self, fence: Option<Fence>) -> Result<()> {
+        if mutants::is(Mutant::FenceNotDurable) {
+            self.lock().manifest.fence = fence;
+            return Ok(());
+        }
         self.publish(|manifest| manifest.fence = fence)
     }
 

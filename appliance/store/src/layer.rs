@@ -18,6 +18,7 @@ use std::sync::Arc;
 use srn_core::bytes::{Reader, Writer, content_sum};
 use srn_core::ids::{GroupId, Seq};
 use srn_core::limits::PAGE;
+use srn_core::mutants::{self, Mutant};
 
 use crate::catalog::{position, put_position};
 use crate::error::{Doing, Result, StoreError};
@@ -244,6 +245,13 @@ impl LayerWriter {
     pub fn finish(mut self) -> Result<(LayerFile, u64)> {
         if self.filled > 0 {
             self.flush()?;
+        }
+        if mutants::is(Mutant::LayerNotSynced) {
+            self.finished = true;
+            return Ok((
+                LayerFile { ordinal: self.ordinal, file: self.file.clone() },
+                self.written,
+            ));
         }
         self.file
             .sync()

@@ -16,6 +16,7 @@ use srn_core::bytes::{Reader, Writer, content_sum};
 use srn_core::frame::envelope::Envelope;
 use srn_core::ids::{EpochId, FrameHash, GroupId, Seq};
 use srn_core::limits::{FRAME_DISK_MAX, PAGE};
+use srn_core::mutants::{self, Mutant};
 
 use crate::error::{Doing, Result, StoreError};
 use crate::frame::Frame;
@@ -264,10 +265,15 @@ impl SegmentWriter {
             return Err(StoreError::Invalid("a frame does not fit its log segment".into()));
         }
         let parts: Vec<IoSlice<'_>> = staged.iter().flat_map(Staged::parts).collect();
-        self.segment
+        let durably = !mutants::is(Mutant::AckBeforeFsync);
+        let written = self
+            .segment
             .file
-            .write_at(&parts, self.offset, true)
-            .doing(|| format!("appending to log segment {}", self.segment.slot))?;
+            .write_at(&parts, self.offset, durably)
+            .doing(|| format!("appending to log segment {}", self.segment.slot));
+        if !mutants::is(Mutant::CursorPastFailedFlush) {
+            written?;
+        }
         self.offset = end;
         self.appends += 1;
         Ok(offsets)

@@ -8,8 +8,10 @@
 
 mod block;
 mod inode;
+mod mishap;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 use std::io::{self, IoSlice};
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -34,11 +36,17 @@ pub enum Fault {
 }
 
 /// A simulated disk with a directory tree.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct SimDisk {
     world: Arc<Mutex<World>>,
     /// The boot in which this handle is valid.
     boot: u64,
+}
+
+impl fmt::Debug for SimDisk {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "SimDisk(boot {})", self.boot)
+    }
 }
 
 #[derive(Debug, Clone)]
@@ -57,6 +65,10 @@ struct World {
     operations: u64,
     fault_at: Option<(u64, Fault)>,
     off: bool,
+    /// A write or sync has failed in this boot.
+    failed: bool,
+    /// Operations after that.
+    went_on: u64,
     counts: Counts,
 }
 
@@ -93,6 +105,8 @@ impl SimDisk {
             operations: 0,
             fault_at: None,
             off: false,
+            failed: false,
+            went_on: 0,
             counts: Counts::default(),
         };
         Self { world: Arc::new(Mutex::new(world)), boot: 0 }
@@ -158,6 +172,7 @@ impl SimDisk {
             };
         }
         world.off = false;
+        world.failed = false;
         world.fault_at = None;
         world.boot += 1;
         Self { world: self.world.clone(), boot: world.boot }
@@ -168,28 +183,10 @@ impl SimDisk {
     #[must_use]
     pub fn process_restart(&self) -> Self {
         let mut world = self.lock();
+        world.failed = false;
         world.fault_at = None;
         world.boot += 1;
         Self { world: self.world.clone(), boot: world.boot }
-    }
-
-    /// A disk of its own with what this one shows now, as a snapshot of a machine keeps it.
-    #[must_use]
-    pub fn snapshot(&self) -> Self {
-        let mut world = self.lock().clone();
-        (world.off, world.fault_at) = (false, None);
-        world.boot += 1;
-        let boot = world.boot;
-        Self { world: Arc::new(Mutex::new(world)), boot }
-    }
-
-    /// Flips a bit of a file, durably: rot.
-    pub fn rot(&self, path: &Path, offset: u64) {
-        let mut world = self.lock();
-        let inode = world.names.get(&key(path)).copied();
-        if let Some(inode) = inode.and_then(|inode| world.inodes.get_mut(&inode)) {
-            inode.rot(offset);
-        }
     }
 
     /// The world, if this handle is alive and the power is on.
@@ -203,8 +200,17 @@ impl SimDisk {
 
     /// Counts a changing operation; says whether a fault hits it.
     fn operate(&self) -> io::Result<(MutexGuard<'_, World>, Option<Fault>)> {
+        let (mut world, fault) = self.operate_harmlessly()?;
+        // Nobody knows what is durable after this.
+        world.failed |= fault == Some(Fault::Error);
+        Ok((world, fault))
+    }
+
+    /// The same for an operation whose failure changes nothing: one on a single name.
+    fn operate_harmlessly(&self) -> io::Result<(MutexGuard<'_, World>, Option<Fault>)> {
         let mut world = self.world()?;
         world.operations += 1;
+        world.went_on += u64::from(world.failed);
         let now = world.operations;
         let fault = world.fault_at.filter(|(at, _)| *at <= now).map(|(_, fault)| fault);
         if fault.is_some() {
@@ -267,6 +273,8 @@ impl World {
     fn check_space(&mut self, more: u64) -> io::Result<()> {
         if self.used() + more > self.capacity {
             self.counts.full += 1;
+            // Nothing was tried, so nothing has failed.
+            self.failed = false;
             return Err(io::ErrorKind::StorageFull.into());
         }
         Ok(())
@@ -275,7 +283,7 @@ impl World {
 
 impl Fs for SimDisk {
     fn create(&self, path: &Path, _access: Access) -> io::Result<Arc<dyn File>> {
-        let (mut world, fault) = self.operate()?;
+        let (mut world, fault) = self.operate_harmlessly()?;
         let name = key(path);
         if world.names.contains_key(&name) {
             return Err(io::ErrorKind::AlreadyExists.into());
@@ -305,7 +313,7 @@ impl Fs for SimDisk {
     }
 
     fn remove(&self, path: &Path) -> io::Result<()> {
-        let (mut world, fault) = self.operate()?;
+        let (mut world, fault) = self.operate_harmlessly()?;
         let name = key(path);
         if !world.names.contains_key(&name) {
             return Err(not_found(path));
@@ -320,7 +328,7 @@ impl Fs for SimDisk {
     }
 
     fn remove_dir(&self, path: &Path) -> io::Result<()> {
-        let (mut world, _) = self.operate()?;
+        let (mut world, _) = self.operate_harmlessly()?;
         let dir = key(path) + "/";
         let inside: Vec<String> =
             world.names.keys().filter(|name| name.starts_with(&dir)).cloned().collect();

@@ -4,6 +4,8 @@
 
 pub mod chance;
 pub mod disk;
+#[cfg(feature = "mutants")]
+pub mod mutants;
 pub mod oracle;
 pub mod seeds;
 pub mod sim;

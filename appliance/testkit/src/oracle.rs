@@ -7,9 +7,10 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use srn_core::extent::Extent;
-use srn_core::frame::Record;
+use srn_core::frame::{Record, ResyncReason};
 use srn_core::ids::{DiskId, DiskNo};
 use srn_core::limits::SECTOR;
+use srn_core::state::Content;
 use srn_store::codec::Codecs;
 use srn_store::frame::Frame;
 use srn_store::group::{Change, OwnedRecord, RecentBudget, Shared, Sums, View};
@@ -19,7 +20,7 @@ use srn_store::io::{BufPool, Volume};
 use crate::{Chance, SimDisk};
 
 /// One change, with content made from its stamp.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 pub enum Write {
     /// Content.
     Data {
@@ -48,6 +49,31 @@ pub enum Write {
         /// Its size.
         sectors: u64,
     },
+    /// A disk's content begins to be sent anew, or is one point in time again.
+    Content {
+        /// The disk's number.
+        disk: u32,
+        /// How its content stands from here on.
+        content: Content,
+    },
+}
+
+impl fmt::Debug for Write {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Data { disk, start, content } => {
+                let sectors = content.len() as u64 / SECTOR;
+                let first = content.first_chunk().map_or(0, |first| u64::from_le_bytes(*first));
+                write!(f, "write {first:x} to {disk}:{start}+{sectors}")
+            }
+            Self::Zero { disk, start, sectors, trim } => {
+                let what = if *trim { "trim" } else { "zero" };
+                write!(f, "{what} {disk}:{start}+{sectors}")
+            }
+            Self::AddDisk { disk, sectors } => write!(f, "add disk {disk} of {sectors} sectors"),
+            Self::Content { disk, content } => write!(f, "disk {disk} is {content:?}"),
+        }
+    }
 }
 
 impl Write {
@@ -114,6 +140,14 @@ impl Write {
                 let name = format!("d{disk}").parse().expect("name");
                 Change::Record(OwnedRecord::DiskAdd(DiskNo(*disk), id, *sectors, name))
             }
+            Self::Content { disk, content } => {
+                let disk = DiskNo(*disk);
+                Change::Record(match content {
+                    Content::Seeding => OwnedRecord::ResyncBegin(disk, ResyncReason::Seeding),
+                    Content::Clean => OwnedRecord::ResyncEnd(disk),
+                    _ => OwnedRecord::ResyncBegin(disk, ResyncReason::MirrorRestarted),
+                })
+            }
         }
     }
 
@@ -154,6 +188,15 @@ impl Write {
                 }),
                 Record::DiskAdd { disk, sectors, .. } => {
                     Some(Self::AddDisk { disk: disk.0, sectors })
+                }
+                Record::ResyncBegin { disk, reason: ResyncReason::Seeding } => {
+                    Some(Self::Content { disk: disk.0, content: Content::Seeding })
+                }
+                Record::ResyncBegin { disk, .. } => {
+                    Some(Self::Content { disk: disk.0, content: Content::Resync })
+                }
+                Record::ResyncEnd { disk } => {
+                    Some(Self::Content { disk: disk.0, content: Content::Clean })
                 }
                 _ => None,
             })
@@ -199,8 +242,14 @@ impl Model {
                 let from = (start * SECTOR) as usize;
                 self.disks[*disk as usize][from..from + (sectors * SECTOR) as usize].fill(0);
             }
-            Write::AddDisk { .. } => {}
+            Write::AddDisk { .. } | Write::Content { .. } => {}
         }
+    }
+
+    /// Puts content in place.
+    pub fn put(&mut self, disk: u32, start: u64, content: &[u8]) {
+        let from = (start * SECTOR) as usize;
+        self.disks[disk as usize][from..from + content.len()].copy_from_slice(content);
     }
 
     /// Whether a range holds zeros only.
@@ -222,6 +271,9 @@ const NOBODY: u32 = u32::MAX;
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Writers {
     disks: Vec<Vec<u32>>,
+    contents: Vec<Content>,
+    /// Whether any disk has joined.
+    joined: bool,
 }
 
 impl Writers {
@@ -232,7 +284,18 @@ impl Writers {
                 (*disk, *start, content.len() as u64 / SECTOR, number)
             }
             Write::Zero { disk, start, sectors, .. } => (*disk, *start, *sectors, NOBODY),
-            Write::AddDisk { .. } => return,
+            Write::AddDisk { .. } => {
+                self.joined = true;
+                return;
+            }
+            Write::Content { disk, content } => {
+                let stands = &mut self.contents[*disk as usize];
+                // A disk that had no point yet still has none.
+                if (*stands, *content) != (Content::Seeding, Content::Resync) {
+                    *stands = *content;
+                }
+                return;
+            }
         };
         self.disks[disk as usize][start as usize..(start + sectors) as usize].fill(writer);
     }
@@ -257,7 +320,11 @@ impl History {
     /// No writes, to `disks` disks of `sectors` each.
     #[must_use]
     pub fn new(disks: u32, sectors: u64) -> Self {
-        let blank = Writers { disks: vec![vec![NOBODY; sectors as usize]; disks as usize] };
+        let blank = Writers {
+            disks: vec![vec![NOBODY; sectors as usize]; disks as usize],
+            contents: vec![Content::Clean; disks as usize],
+            joined: false,
+        };
         Self { writes: Vec::new(), blank, snapshots: BTreeMap::new() }
     }
 
@@ -335,6 +402,17 @@ impl History {
             }
         }
         None
+    }
+
+    /// How the content of each disk stands after the first `count` writes.
+    pub fn stands(&mut self, count: usize) -> Vec<Content> {
+        self.writers(count).contents
+    }
+
+    /// Whether that is one point in time of all disks.
+    pub fn is_clean(&mut self, count: usize) -> bool {
+        let Writers { contents, joined, .. } = self.writers(count);
+        joined && contents.iter().all(|content| *content == Content::Clean)
     }
 
     /// Whether `found` is the result of the first `count` writes.

@@ -6,3 +6,14 @@ pub mod leap;
 pub mod pair;
 pub mod reversal;
 pub mod store;
+
+use crate::seeds::Simulation;
+
+/// All of them.
+pub const ALL: [&Simulation; 5] = [
+    &store::SIMULATION,
+    &pair::SIMULATION,
+    &reversal::SIMULATION,
+    &leap::SIMULATION,
+    &store::EVERY_OPERATION,
+];

@@ -4,3 +4,8 @@
 fn the_store_keeps_its_promises() {
     srn_testkit::seeds::run(&srn_testkit::sim::store::SIMULATION, 400);
 }
+
+#[test]
+fn every_operation_of_a_short_schedule_may_be_the_last() {
+    srn_testkit::seeds::run(&srn_testkit::sim::store::EVERY_OPERATION, 3);
+}

@@ -11,6 +11,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 
 use srn_core::epoch::Position;
 use srn_core::ids::EpochId;
+use srn_core::mutants::{self, Mutant};
 use srn_core::time::{LogClock, LogTime, Now, WallTime};
 
 use super::build::{Change, FrameChain, OwnedRecord};
@@ -101,7 +102,8 @@ impl Appender {
         let built = chain.build(changes)?;
         let frames: Vec<Arc<Frame>> = built.iter().map(|(frame, _)| frame.clone()).collect();
         let (done, full) = self.append(&frames)?;
-        let changes = done.checked_sub(1).and_then(|last| built.get(last)).map_or(0, |(_, n)| *n);
+        let last = if mutants::is(Mutant::ShortCommitAnswered) { built.len() } else { done };
+        let changes = last.checked_sub(1).and_then(|last| built.get(last)).map_or(0, |(_, n)| *n);
         Ok(Committed { head: self.head, frames: done, changes, full })
     }
 

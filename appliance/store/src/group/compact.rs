@@ -24,6 +24,7 @@ use srn_core::epoch::Position;
 use srn_core::frame::envelope::Codec;
 use srn_core::ids::{EpochId, GroupId, Seq};
 use srn_core::limits::PAGE;
+use srn_core::mutants::{self, Mutant};
 use srn_core::time::LogTime;
 
 use super::layers::{Block, LayerOutput, WrittenLayer};
@@ -296,7 +297,8 @@ impl Group {
                 && !single_layer
             {
                 let inside = |seq: &&Seq| **seq >= first.first && **seq < last.last.seq;
-                let cuts = retention.points.iter().filter(inside).copied().collect();
+                let dropped = usize::from(mutants::is(Mutant::PointDropped));
+                let cuts = retention.points.iter().filter(inside).skip(dropped).copied().collect();
                 windows.push(Window { pieces: open.clone(), cuts, bytes: *bytes });
             }
             open.clear();
@@ -485,7 +487,9 @@ impl Group {
 
     /// Puts the layers in the place of the pieces.
     fn finish(&self, job: Job) -> Result<()> {
-        self.sync_layers()?;
+        if !mutants::is(Mutant::LayerDirectoryNotSynced) {
+            self.sync_layers()?;
+        }
         let (window, layers) = (&job.window, &job.finished);
         let published = self.publish_if(
             |manifest| put_layers(manifest, window, layers),
@@ -589,9 +593,12 @@ impl State {
         else {
             return Seq::ZERO;
         };
+        if mutants::is(Mutant::RetiredTooMuch) {
+            floor = line.head.seq;
+        }
         // A clone reads from its fork on; a branch was left where the main line forked.
         for other in self.manifest.timelines.values() {
-            if other.purpose != Purpose::Main {
+            if other.purpose != Purpose::Main && !mutants::is(Mutant::RetiredUnderClone) {
                 let fork = timeline.epochs.common_with(&other.epochs);
                 floor = floor.min(fork.unwrap_or(Seq::ZERO));
             }

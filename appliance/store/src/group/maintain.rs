@@ -6,6 +6,7 @@
 use std::sync::{Arc, PoisonError};
 
 use srn_core::ids::{EpochId, Seq};
+use srn_core::mutants::{self, Mutant};
 
 use super::retire::Retention;
 use super::{Group, INDEX_DIR, Unsealed};
@@ -169,7 +170,10 @@ impl Group {
                 .get(&main)
                 .filter(|line| line.pieces.len() > 1)
                 .and_then(|line| line.pieces.first());
-            oldest.filter(|piece| !room && piece.last.seq <= state.acked).copied()
+            let acked = |piece: &PieceMeta| {
+                piece.last.seq <= state.acked || mutants::is(Mutant::TrimmedUnacknowledged)
+            };
+            oldest.filter(|piece| !room && acked(piece)).copied()
         };
         let Some(piece) = piece else { return Ok(false) };
         self.drop_first_piece(&piece, None)?;
@@ -196,7 +200,11 @@ impl Group {
         let Some(inputs) = inputs else { return Ok(false) };
         let (Some(first), Some(last)) = (inputs.first(), inputs.last()) else { return Ok(false) };
         let mut writer = self.new_run()?;
-        for item in Merge::new(inputs.iter().rev().map(|run| run.iter()))? {
+        let mut newest_first: Vec<&Arc<Run>> = inputs.iter().rev().collect();
+        if mutants::is(Mutant::MergeOldestWins) {
+            newest_first.reverse();
+        }
+        for item in Merge::new(newest_first.iter().map(|run| run.iter()))? {
             let (disk, extent, place) = item?;
             writer.push(disk, extent, &place)?;
         }

@@ -17,6 +17,7 @@ use std::sync::{Arc, Mutex, RwLock};
 use srn_core::epoch::{Epoch, Position};
 use srn_core::ids::{EpochId, Seq};
 use srn_core::limits::PAGE;
+use srn_core::mutants::{self, Mutant};
 use srn_core::time::{LogClock, Now};
 
 use super::append::Appender;
@@ -223,7 +224,7 @@ impl Group {
                 let mut frames = scan(&target, &self.shared.pool)?;
                 while frames.next(true)?.is_some() {}
                 let tail = frames.tail()?;
-                if tail.watermark > tail.last {
+                if tail.watermark > tail.last && !mutants::is(Mutant::DamageCutAsCrash) {
                     return Err(self.lost(tail.last.next(), tail.watermark));
                 }
                 if best.as_ref().is_none_or(|(_, best)| best.last < tail.last) {
@@ -282,7 +283,8 @@ impl Group {
             })
         });
         // The next segment's header is only written when everything in this one is durable.
-        let proven = if is_last { tail.watermark } else { tail.last };
+        let unproven = is_last && !mutants::is(Mutant::TailNotRewritten);
+        let proven = if unproven { tail.watermark } else { tail.last };
 
         let mut table = MemTable::behind(&found.catalog);
         let mut frames = scan(&segment.target(), &self.shared.pool)?;

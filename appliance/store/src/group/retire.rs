@@ -20,6 +20,7 @@ use srn_core::epoch::Position;
 use srn_core::extent::Extent;
 use srn_core::ids::{DiskNo, Seq};
 use srn_core::limits::{PAGE, PAGE_SECTORS, SECTOR};
+use srn_core::mutants::{self, Mutant};
 
 use super::maintain::Worked;
 use super::view::decode_catalog;
@@ -89,7 +90,9 @@ impl Group {
             return Err(StoreError::Invalid("a segment has too many partial pages".into()));
         }
         let dir = self.dir.join(BASE_DIR);
-        durable::replace(&self.shared.volume, &dir, INTENT, &intent)?;
+        if !mutants::is(Mutant::RetireWithoutIntent) {
+            durable::replace(&self.shared.volume, &dir, INTENT, &intent)?;
+        }
         self.apply(&base, &run, &partial)?;
         self.finish_retirement(&base, &piece, behind)?;
         Ok(Worked::Something)
@@ -199,7 +202,7 @@ impl Group {
         let touched: BTreeMap<DiskNo, Arc<BaseDisk>> = (0..run_disks(run)?)
             .filter_map(|no| Some((DiskNo(no), base.disk(DiskNo(no))?)))
             .collect();
-        for disk in touched.values() {
+        for disk in touched.values().filter(|_| !mutants::is(Mutant::BaseNotSynced)) {
             disk.sync()?;
         }
         Ok(())

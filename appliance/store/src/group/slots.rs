@@ -3,6 +3,8 @@
 use std::io::IoSlice;
 use std::sync::Arc;
 
+use srn_core::mutants::{self, Mutant};
+
 use super::{Group, LOG_DIR};
 use crate::error::{Doing, Result, StoreError};
 use crate::io::{Access, AlignedBuf, File, Fs};
@@ -125,6 +127,9 @@ impl Group {
                 }
             }
             file.sync().doing(doing)?;
+            if mutants::is(Mutant::SegmentDirectoryNotSynced) {
+                return Ok(());
+            }
             volume.sync_dir(&dir).doing(doing)
         })();
         if made.is_err() {

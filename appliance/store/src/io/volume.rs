@@ -12,6 +12,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 
+use srn_core::mutants::{self, Mutant};
+
 use super::{Access, File, Fs, IoSlice};
 
 /// A file system that latches failed.
@@ -40,6 +42,7 @@ impl Latch {
     /// damage nothing, as space is reserved before it is relied on.
     fn watch<T>(&self, what: &str, result: io::Result<T>) -> io::Result<T> {
         if let Err(error) = &result
+            && !mutants::is(Mutant::GoesOnAfterError)
             && !matches!(
                 error.kind(),
                 io::ErrorKind::StorageFull
@@ -146,7 +149,11 @@ impl File for Watched {
 
     fn sync(&self) -> io::Result<()> {
         self.latch.check()?;
-        self.latch.watch("syncing", self.file.sync())
+        let synced = self.file.sync();
+        if mutants::is(Mutant::FailedSyncIgnored) {
+            return Ok(());
+        }
+        self.latch.watch("syncing", synced)
     }
 
     fn allocate(&self, len: u64) -> io::Result<()> {

@@ -12,6 +12,7 @@ use bytes::Bytes;
 use srn_core::frame::envelope::{self, Envelope};
 use srn_core::ids::{EpochId, FrameHash, GroupId, Seq};
 use srn_core::limits::{FRAME_DISK_MAX, PAGE};
+use srn_core::mutants::{self, Mutant};
 
 use super::{HEADER_LEN, SegmentHeader};
 use crate::codec::Codecs;
@@ -244,7 +245,7 @@ impl Scan {
         let Some(page) = self.bytes(at, PAGE)? else { return Ok(None) };
         let Some(fixed) = page.first_chunk::<{ envelope::LEN }>() else { return Ok(None) };
         let Ok(envelope) = Envelope::decode(fixed) else { return Ok(None) };
-        if envelope.segment != self.segment.header.id {
+        if envelope.segment != self.segment.header.id && !mutants::is(Mutant::StaleFramesAccepted) {
             return Ok(None);
         }
         let fixed = *fixed;

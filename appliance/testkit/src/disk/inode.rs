@@ -36,7 +36,7 @@ impl Page {
 }
 
 /// What sectors held before they were written, since they were last durable.
-#[derive(Debug, Default, Clone)]
+#[derive(Debug, Clone, Default)]
 struct Older {
     /// The newest entry for each sector that is not durable.
     newest: BTreeMap<u64, u32>,
@@ -81,7 +81,7 @@ impl Older {
 }
 
 /// A file's content.
-#[derive(Debug, Default, Clone)]
+#[derive(Debug, Clone, Default)]
 pub(super) struct Inode {
     /// What a reader sees, by page.
     seen: BTreeMap<u64, Box<Page>>,
@@ -363,11 +363,16 @@ impl Inode {
         }
     }
 
-    /// Flips a bit.
-    pub(super) fn rot(&mut self, offset: u64) {
+    /// The sectors that were ever written.
+    pub(super) fn written(&self) -> Vec<u64> {
+        self.written_in(0, u64::MAX)
+    }
+
+    /// Flips a bit of a byte.
+    pub(super) fn rot(&mut self, offset: u64, bit: u64) {
         let mut sector = self.sector(offset / SECTOR);
         if let Some(byte) = sector.get_mut((offset % SECTOR) as usize) {
-            *byte ^= 1;
+            *byte ^= 1 << bit;
         }
         self.set(offset / SECTOR, &sector);
     }

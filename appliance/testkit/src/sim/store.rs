@@ -5,10 +5,18 @@
 //! What is checked after each step (the promises are those of the design):
 //! * P1: whatever was answered is there after any crash;
 //! * P2: what is there is exactly the result of a prefix of all writes, at every position asked for;
-//! * P3: what is read is right or an error, never wrong;
-//! * P6: what was not durable is cut, what was is not.
+//! * P3: what is read is right or an error, never wrong, also after a bit has flipped; what has to
+//!   be kept can be read;
+//! * P5: a cache trims only what was acknowledged;
+//! * P6: what was not durable is cut, what was is not, and nothing is written after a failed write
+//!   or sync.
 //!
 //! `SIM_SEED=n` replays one seed; `SIM_SEEDS=n` runs more of them.
+
+mod exhaustive;
+mod rot;
+
+pub use exhaustive::EVERY_OPERATION;
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -17,6 +25,7 @@ use std::sync::Arc;
 use srn_core::epoch::Position;
 use srn_core::extent::Extent;
 use srn_core::ids::{DiskNo, EpochId, GroupId, Seq};
+use srn_core::state::Content;
 use srn_core::time::{Mono, Now, WallTime};
 use srn_store::StoreError;
 use srn_store::codec::Codecs;
@@ -33,6 +42,9 @@ use crate::{Chance, Fault, SimDisk};
 const DISKS: u32 = 2;
 const SECTORS: u64 = 320;
 
+/// When every world begins.
+const EPOCH: WallTime = WallTime(1_700_000_000_000_000);
+
 struct World {
     chance: Chance,
     disk: SimDisk,
@@ -48,7 +60,15 @@ struct World {
     known: BTreeMap<Seq, usize>,
     /// What has to stay readable. It only ever shrinks.
     retention: Retention,
+    /// Whether the line was ever left at a position of the past.
+    left: bool,
+    /// What the peer is said to hold.
+    acked: Seq,
     clock: u64,
+    /// How far the wall clock has stepped.
+    stepped: i64,
+    /// Whether faults happen by chance.
+    faults: bool,
     next_id: u64,
     coverage: Coverage,
     /// Memory that outlives a restart, to be quick.
@@ -56,9 +76,8 @@ struct World {
     codecs: Codecs,
 }
 
-fn now(clock: u64) -> Now {
-    Now { mono: Mono(clock), wall: WallTime(1_700_000_000_000_000 + clock as i64) }
-}
+/// Bytes of a disk that is not short of space.
+const ROOM: u64 = 64 << 20;
 
 impl World {
     fn new(seed: u64) -> Self {
@@ -76,14 +95,14 @@ impl World {
             unsealed_max: chance.between(1, 4) as usize,
             layer_fan: chance.between(2, 8) as usize,
         };
-        let disk = SimDisk::new(seed, 64 << 20);
+        let disk = SimDisk::new(seed, ROOM);
         let new = NewGroup {
             group: GroupId([1; 16]),
             name: "sim".into(),
             role: Role::Primary,
             keep,
             epoch: EpochId([1; 16]),
-            now: now(0),
+            now: Now { mono: Mono(0), wall: EPOCH },
         };
         let pool = BufPool::new(8 << 20);
         let shared = oracle::shared_with(&disk, seed, &pool);
@@ -101,7 +120,11 @@ impl World {
             answered: 0,
             known: BTreeMap::from([(Seq(0), 0)]),
             retention: Retention::from(Seq(0)),
+            left: false,
+            acked: Seq(0),
             clock: 0,
+            stepped: 0,
+            faults: true,
             next_id: 2,
             coverage: Coverage::new(),
             pool,
@@ -131,6 +154,11 @@ impl World {
         EpochId(id)
     }
 
+    fn now(&self) -> Now {
+        let wall = WallTime(EPOCH.0 + self.clock as i64 + self.stepped);
+        Now { mono: Mono(self.clock), wall }
+    }
+
     fn shared(&mut self) -> Shared {
         let seed = self.chance.any();
         oracle::shared_with(&self.disk, seed, &self.pool)
@@ -141,10 +169,11 @@ impl World {
         let writes = make(&mut self.chance);
         let changes: Vec<Change> = writes.iter().map(Write::change).collect();
         self.clock += 1000;
+        let now = self.now();
         let Some(main) = &mut self.main else { return };
         self.writes.truncate(self.answered);
         self.writes.extend(writes);
-        match main.commit(&changes, now(self.clock)) {
+        match main.commit(&changes, now) {
             Ok(done) => {
                 self.answered += done.changes;
                 self.writes.truncate(self.answered);
@@ -158,7 +187,7 @@ impl World {
                 self.writes.truncate(self.answered);
                 self.saw("log full");
             }
-            Err(_) => self.crash("failed commit"),
+            Err(error) => self.fail("failed commit", &error),
         }
     }
 
@@ -179,9 +208,35 @@ impl World {
                     self.saw("no room for the next segment");
                     break;
                 }
-                Err(_) => return self.crash("failed maintenance"),
+                Err(error) => return self.fail("failed maintenance", &error),
             }
         }
+        if self.keep == Keep::Cache {
+            let (oldest, acked) = (self.group.oldest(), self.acked);
+            assert!(oldest <= acked.next(), "{oldest} is the oldest, {acked} is acknowledged");
+        }
+    }
+
+    /// What a server writes, and now and then a mirror that is interrupted or whole again.
+    fn some_writes(&mut self) -> Vec<Write> {
+        let mut writes = Write::some(&mut self.chance, DISKS, SECTORS);
+        if self.chance.percent(6) {
+            let disk = self.chance.below(u64::from(DISKS)) as u32;
+            let stands = self.writes.stands(self.answered);
+            let content = match stands.get(disk as usize) {
+                Some(Content::Clean) => Content::Resync,
+                _ => Content::Clean,
+            };
+            writes.push(Write::Content { disk, content });
+        }
+        writes
+    }
+
+    /// An operation has failed: by a fault that was injected, and never for another reason.
+    fn fail(&mut self, what: &'static str, error: &StoreError) {
+        let injected = matches!(error, StoreError::Io { .. } | StoreError::Stopped(_));
+        assert!(injected || self.disk.is_off(), "{what}: {error}");
+        self.crash(what);
     }
 
     /// The window begins later, of what was in it some points stay, and of the older ones some go.
@@ -208,7 +263,9 @@ impl World {
         let clones = std::mem::take(&mut self.clones);
         let models: BTreeMap<EpochId, Model> =
             clones.into_iter().map(|(id, (_, model))| (id, model)).collect();
+        assert_eq!(self.disk.went_on(), 0, "something was written after a failed write or sync");
         self.disk.no_fault();
+        self.disk.set_capacity(ROOM);
         let power = self.disk.is_off() || self.chance.percent(50);
         self.disk = if power {
             self.saw("power cut");
@@ -219,14 +276,12 @@ impl World {
         };
         for attempt in 0.. {
             // Opening may be cut too, a few times.
-            if attempt < 3 && self.chance.percent(40) {
+            if self.faults && attempt < 3 && self.chance.percent(40) {
                 let operations = self.chance.between(1, 30);
                 let fault = if self.chance.percent(70) { Fault::PowerCut } else { Fault::Error };
                 self.disk.fault_in(operations, fault);
             }
-            self.clock += 1_000_000;
-            let shared = self.shared();
-            let opened = Group::open(&shared, self.options, Path::new("/g"), now(self.clock));
+            let opened = self.open();
             // A cut in something that does not matter is not reported, but it is a cut.
             let cut = || StoreError::Stopped("the power went off".into());
             let opened = if self.disk.is_off() { opened.and_then(|_| Err(cut())) } else { opened };
@@ -250,6 +305,9 @@ impl World {
                 }
                 Err(error) => {
                     assert!(attempt < 4, "cannot be opened any more: {error}");
+                    let injected = matches!(error, StoreError::Io { .. } | StoreError::Stopped(_));
+                    assert!(injected || self.disk.is_off(), "opening: {error}");
+                    assert_eq!(self.disk.went_on(), 0, "written after a failed write or sync");
                     self.saw("crash while opening");
                     self.disk.no_fault();
                     self.disk = if self.disk.is_off() || self.chance.percent(50) {
@@ -262,6 +320,12 @@ impl World {
         }
     }
 
+    fn open(&mut self) -> srn_store::Result<Opened> {
+        self.clock += 1_000_000;
+        let shared = self.shared();
+        Group::open(&shared, self.options, Path::new("/g"), self.now())
+    }
+
     /// P1 and P2 at the head after a restart.
     fn check_survivors(&mut self) {
         let head = self.group.head();
@@ -271,19 +335,14 @@ impl World {
             "answered frames up to {last_answered} are gone, the head is {}",
             head.seq
         );
-        let found = match self.keep {
-            Keep::Replica => {
-                let view = self.group.view_head().expect("view");
-                let contents = contents(&view, DISKS, SECTORS).expect("reading the head");
-                // The writes in flight: some first part of them may be there.
-                (self.answered..=self.writes.len())
-                    .find(|count| self.writes.holds(*count, &contents))
-            }
-            Keep::Cache => self.survivors_in_log(),
+        let Some(count) = self.survivors_in_log() else {
+            panic!("what is in the log is not what was written, in order");
         };
-        let Some(count) = found else {
-            panic!("what is there is not the result of any prefix of the writes");
-        };
+        if self.keep == Keep::Replica {
+            let view = self.group.view_head().expect("view");
+            let found = contents(&view, DISKS, SECTORS).expect("reading the head");
+            self.writes.check(count, &found, format_args!("the head, frame {}", head.seq));
+        }
         if count > self.answered {
             self.saw("unanswered writes survived");
         } else if self.writes.len() > self.answered {
@@ -292,17 +351,40 @@ impl World {
         self.writes.truncate(count);
         self.answered = count;
         self.known.insert(head.seq, count);
+        self.check_clean();
     }
 
-    /// How many writes the log holds to its end, by reading its frames.
+    /// Whether the head is one point in time of all disks is known, and when it is not, the newest
+    /// position that was one can be read.
+    fn check_clean(&mut self) {
+        let catalog = self.group.catalog();
+        assert_eq!(catalog.is_clean(), self.writes.is_clean(self.answered), "clean at the head");
+        if catalog.is_clean() || self.keep == Keep::Cache {
+            return;
+        }
+        if let Some(clean) = catalog.last_clean {
+            self.saw("in the middle of a resync");
+            match self.group.view_at(clean.seq) {
+                Ok(view) => assert!(view.catalog().is_clean(), "the last clean position is clean"),
+                Err(_) if self.disk.is_off() => {}
+                // A position in the middle of a resync was kept without that, and gone back to.
+                Err(StoreError::NotInHistory(_)) if self.left && !self.is_promised(clean.seq) => {}
+                Err(error) => panic!("the last clean position, {}: {error}", clean.seq),
+            }
+        }
+    }
+
+    /// How many writes the log holds to its end, by reading its frames: all there are of a cache,
+    /// else those behind the last known commit.
     fn survivors_in_log(&mut self) -> Option<usize> {
-        let oldest = self.group.oldest();
-        let before = oldest.prev();
-        let from = *self.known.range(..=before).next_back()?.1;
+        let before = self.group.oldest().prev();
         // The boundary of a trimmed log lies at a segment, which need not be one of our commits:
         // count what is in frames that we know to be behind it.
-        let start = self.known.range(before..).next().map_or(before, |(seq, _)| *seq);
-        let mut count = self.known.get(&start).copied().unwrap_or(from);
+        let (start, mut count) = match self.keep {
+            Keep::Cache => self.known.range(before..).next(),
+            Keep::Replica => self.known.last_key_value(),
+        }
+        .map(|(seq, count)| (*seq, *count))?;
         let mut cursor = self.group.cursor(start.next());
         while let Some(frame) = cursor.next().expect("reading the log") {
             for write in Write::of_frame(&frame, &mut self.codecs) {
@@ -341,6 +423,10 @@ impl World {
                 }
                 let found = contents(&view, DISKS, SECTORS).expect("reading an older position");
                 self.writes.check(count, &found, format_args!("frame {seq}"));
+                if count > 0 {
+                    let clean = view.catalog().is_clean();
+                    assert_eq!(clean, self.writes.is_clean(count), "clean at frame {seq}");
+                }
                 let disk = DiskNo(self.chance.below(u64::from(DISKS)) as u32);
                 self.check_spans(&view, disk, count);
             }
@@ -379,9 +465,12 @@ impl World {
         }
         let mut count = count;
         let mut cursor = self.group.cursor(seq.next());
+        let mut log_time = srn_core::time::LogTime(0);
         loop {
             match cursor.next() {
                 Ok(Some(frame)) => {
+                    assert!(frame.header().log_time >= log_time, "log time goes back");
+                    log_time = frame.header().log_time;
                     for write in Write::of_frame(&frame, &mut self.codecs) {
                         assert_eq!(self.writes.get(count), Some(&write), "in frame order");
                         count += 1;
@@ -407,7 +496,7 @@ impl World {
         }
         let id = self.new_epoch();
         self.clock += 1000;
-        match self.group.clone_at(id, seq, now(self.clock)) {
+        match self.group.clone_at(id, seq, self.now()) {
             Ok(appender) => {
                 self.saw("clone made");
                 let model = self.writes.model(count);
@@ -416,7 +505,7 @@ impl World {
             }
             Err(StoreError::NotInHistory(_)) => self.saw("clone of a position no longer kept"),
             Err(StoreError::Full(_)) => {}
-            Err(_) => self.crash("failed clone"),
+            Err(error) => self.fail("failed clone", &error),
         }
     }
 
@@ -431,7 +520,8 @@ impl World {
                 drop(appender);
                 match self.group.discard(id) {
                     Ok(()) => self.saw("clone discarded"),
-                    Err(_) => self.crash("failed discard"),
+                    Err(StoreError::Full(_)) => {}
+                    Err(error) => self.fail("failed discard", &error),
                 }
             }
             return;
@@ -439,8 +529,9 @@ impl World {
         let writes = Write::some(&mut self.chance, DISKS, SECTORS);
         let changes: Vec<Change> = writes.iter().map(Write::change).collect();
         self.clock += 1000;
+        let now = self.now();
         let Some((appender, model)) = self.clones.get_mut(&id) else { return };
-        match appender.commit(&changes, now(self.clock)) {
+        match appender.commit(&changes, now) {
             Ok(done) => {
                 for write in &writes[..done.changes] {
                     model.apply(write);
@@ -451,10 +542,10 @@ impl World {
                 self.check_clone(other);
             }
             Err(StoreError::Full(_)) => {}
-            Err(_) => {
+            Err(error) => {
                 // What was in flight to the clone may or may not be there: forget the clone.
                 self.clones.remove(&id);
-                self.crash("failed commit to a clone");
+                self.fail("failed commit to a clone", &error);
             }
         }
     }
@@ -476,7 +567,7 @@ impl World {
         let id = self.new_epoch();
         self.clock += 1000;
         let before = self.group.epochs();
-        match self.group.fail_over(id, seq, now(self.clock)) {
+        match self.group.fail_over(id, seq, self.now()) {
             Ok(appender) => {
                 self.saw(if seq == points[points.len() - 1].0 {
                     "failover"
@@ -500,12 +591,11 @@ impl World {
             Err(_) => {
                 // It happened or it did not; both are histories.
                 self.disk.no_fault();
+                self.disk.set_capacity(ROOM);
                 let power = self.disk.is_off();
                 self.disk =
                     if power { self.disk.power_cycle() } else { self.disk.process_restart() };
-                let shared = self.shared();
-                let opened = Group::open(&shared, self.options, Path::new("/g"), now(self.clock))
-                    .expect("opening after a cut failover");
+                let opened = self.open().expect("opening after a cut failover");
                 self.group = opened.group;
                 self.main = Some(opened.main);
                 if self.group.epochs().contains(id) {
@@ -524,19 +614,60 @@ impl World {
 
     /// The line was left at `seq`: what lay behind it is no history of this group any more.
     fn left_at(&mut self, seq: Seq) {
+        self.left = true;
         self.retention.keep_from = self.retention.keep_from.min(seq);
         self.retention.points.retain(|point| *point < seq);
     }
 
+    /// The wall clock steps, or the disk is nearly full for a while.
+    fn mischief(&mut self) {
+        if self.chance.percent(50) {
+            self.saw("wall clock stepped");
+            let day = 86_400_000_000;
+            self.stepped += self.chance.below(2 * day) as i64 - day as i64;
+        } else if self.faults {
+            self.disk.set_capacity(self.disk.used() + self.chance.below(600 * 1024));
+        }
+    }
+
+    /// The last crash, and what it left; then a bit flips.
+    fn end(mut self) -> Coverage {
+        self.disk.no_fault();
+        self.crash("crash at the end");
+        let position: Position = self.group.head();
+        assert_eq!(position.epoch, self.group.epochs().current());
+        if self.faults && self.chance.percent(50) {
+            self.rot();
+        }
+        let counts = self.disk.counts();
+        for (what, count) in [
+            ("sector lost", counts.sectors_lost),
+            ("name lost", counts.names_lost),
+            ("cut in the middle", counts.cuts),
+            ("failed operation", counts.errors),
+            ("failed sync", counts.failed_syncs),
+            ("disk full", counts.full),
+        ] {
+            if count > 0 {
+                *self.coverage.entry(what).or_default() += count;
+            }
+        }
+        self.coverage
+    }
+
     fn step(&mut self) {
-        if self.chance.percent(12) {
+        if self.faults && self.chance.percent(12) {
             let operations = self.chance.between(1, 40);
             let fault = if self.chance.percent(65) { Fault::PowerCut } else { Fault::Error };
             self.disk.fault_in(operations, fault);
         }
         match self.chance.below(100) {
-            0..45 => self.commit(|chance| Write::some(chance, DISKS, SECTORS)),
-            45..50 => self.commit(|_| Vec::new()),
+            0..45 => {
+                let writes = self.some_writes();
+                self.commit(|_| writes);
+            }
+            45..49 => self.commit(|_| Vec::new()),
+            49 => self.mischief(),
             50..68 => self.maintain(),
             68..80 => self.check_point(),
             80..84 => self.make_clone(),
@@ -546,6 +677,7 @@ impl World {
                 let known: Vec<Seq> = self.known.keys().copied().collect();
                 let acked = *self.chance.pick(&known);
                 self.group.set_acked(acked);
+                self.acked = self.acked.max(acked);
             }
             _ => self.crash("crash at rest"),
         }
@@ -561,21 +693,7 @@ fn run(seed: u64) -> Coverage {
     for _ in 0..steps {
         world.step();
     }
-    world.disk.no_fault();
-    world.crash("crash at the end");
-    let counts = world.disk.counts();
-    for (what, count) in [
-        ("sector lost", counts.sectors_lost),
-        ("name lost", counts.names_lost),
-        ("cut in the middle", counts.cuts),
-        ("failed operation", counts.errors),
-        ("failed sync", counts.failed_syncs),
-    ] {
-        *world.coverage.entry(what).or_default() += count;
-    }
-    let position: Position = world.group.head();
-    assert_eq!(position.epoch, world.group.epochs().current());
-    world.coverage
+    world.end()
 }
 
 /// What must have happened for the run to count.
@@ -589,6 +707,7 @@ const WANTED: &[&str] = &[
     "cut failover had happened",
     "cut failover had not happened",
     "cut in the middle",
+    "disk full",
     "failed commit",
     "failed maintenance",
     "failed operation",
@@ -600,6 +719,7 @@ const WANTED: &[&str] = &[
     "log full",
     "log full in the middle of a commit",
     "log no longer kept",
+    "in the middle of a resync",
     "log read",
     "maintenance",
     "name lost",
@@ -608,10 +728,14 @@ const WANTED: &[&str] = &[
     "position no longer kept",
     "power cut",
     "process restart",
+    "rot found by a reader",
+    "rot keeps the group closed",
+    "rot stops maintenance",
     "sector lost",
     "unanswered writes survived",
     "unanswered writes were cut",
     "unproven frames written again",
+    "wall clock stepped",
 ];
 
 /// This simulation.

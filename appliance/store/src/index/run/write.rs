@@ -9,6 +9,7 @@ use srn_core::epoch::Position;
 use srn_core::extent::Extent;
 use srn_core::ids::{DiskNo, GroupId};
 use srn_core::limits::PAGE;
+use srn_core::mutants::{self, Mutant};
 
 use super::super::Place;
 use super::super::entry::{self, ENTRY_LEN};
@@ -167,8 +168,12 @@ impl RunWriter {
         let written = self.written;
         self.write(&page, written)?;
         let doing = || format!("syncing index file {}", self.number);
-        self.file.sync().doing(doing)?;
-        self.volume.sync_dir(&self.dir).doing(doing)?;
+        if !mutants::is(Mutant::IndexNotSynced) {
+            self.file.sync().doing(doing)?;
+        }
+        if !mutants::is(Mutant::IndexDirectoryNotSynced) {
+            self.volume.sync_dir(&self.dir).doing(doing)?;
+        }
         self.finished = true;
         Ok(RunMeta {
             file: self.number,
