@@ -6,6 +6,7 @@ mod breaker;
 mod checkpoint;
 pub mod effort;
 pub mod engine;
+mod equal;
 mod export;
 mod following;
 mod handover;
@@ -26,6 +27,7 @@ mod watch;
 mod ways_out;
 
 pub use branches::BranchStatus;
+pub use equal::Held;
 pub use export::{DiskExport, ReadOnlyExport, Slot, Slots};
 pub use following::Reversal;
 pub use handover::Kept;
@@ -88,6 +90,8 @@ pub struct Group {
     integrity: integrity::Integrity,
     /// How often a mirror has opened each disk. Held while it is decided what that means.
     mirror_connections: tokio::sync::Mutex<std::collections::BTreeMap<DiskNo, u64>>,
+    /// Whether what each disk's mirror sends is to be compared with what is held.
+    comparing: mirrored::Comparing,
 }
 
 /// This node's side of replicating the group.
@@ -299,6 +303,7 @@ impl Group {
             slots: Slots::default(),
             integrity,
             mirror_connections: tokio::sync::Mutex::default(),
+            comparing: mirrored::Comparing::default(),
         });
         // Set once, here.
         let _ = slot.set(Arc::downgrade(&this));

@@ -14,6 +14,7 @@ use srn_store::StoreError;
 use srn_store::group::{Change, OwnedRecord, SpanKind, Sums, View};
 
 use super::engine::{Client, Done, Engine, Op};
+use super::equal::Held;
 
 /// Who has which writable export open.
 #[derive(Debug, Default, Clone)]
@@ -79,6 +80,8 @@ pub struct DiskExport {
     engine: Arc<Engine>,
     /// None where no copy is kept that could be read.
     view: Option<Arc<View>>,
+    /// What writes are compared with, where they may bring what is here already.
+    held: Option<Held>,
     disk: DiskNo,
     size: u64,
     description: String,
@@ -100,12 +103,20 @@ impl DiskExport {
         Self {
             engine,
             view,
+            held: None,
             disk,
             size,
             description,
             client: Arc::default(),
             slot: Mutex::new(Some(slot)),
         }
+    }
+
+    /// Leaves out what `held` has already.
+    #[must_use]
+    pub fn comparing(mut self, held: Option<Held>) -> Self {
+        self.held = held;
+        self
     }
 
     /// What clients are told of such an export.
@@ -138,6 +149,13 @@ impl Export for DiskExport {
     }
 
     fn submit(&self, request: Request, reply: Reply) {
+        let changes = matches!(
+            request,
+            Request::Write { .. } | Request::WriteZeroes { .. } | Request::Trim { .. }
+        );
+        if changes && let Some(held) = self.held.as_ref().filter(|held| held.is_wanted()) {
+            return held.append(self.engine.clone(), self.client.clone(), request, reply);
+        }
         match request {
             Request::Write { offset, data, .. } => {
                 let bytes = data.len();
@@ -180,7 +198,7 @@ impl Export for DiskExport {
 }
 
 /// Cuts a write into changes: pieces that fit a frame, and runs of zeros.
-fn changes_of(disk: DiskNo, offset: u64, data: &Bytes) -> Vec<Change> {
+pub(super) fn changes_of(disk: DiskNo, offset: u64, data: &Bytes) -> Vec<Change> {
     if data.len() <= BLOCK_MAX && !is_zero(data) {
         // By far the most frequent case.
         return vec![write(disk, offset, data.clone())];

@@ -212,7 +212,16 @@ impl Exports {
                 Some(Arc::new(view.map_err(|error| OpenError::Unavailable(error.to_string()))?))
             }
         };
+        let held = match (&source, &view) {
+            (Source::Mirror { .. }, Some(view)) => {
+                let (group, view) = (group.clone(), view.clone());
+                let held = tokio::task::spawn_blocking(move || group.held(disk, &view)).await;
+                Some(held.map_err(|error| OpenError::Unavailable(error.to_string()))?)
+            }
+            _ => None,
+        };
         let description = format!("disk {name}");
-        Ok(Arc::new(DiskExport::new(engine, view, disk, size, description, slot)))
+        let export = DiskExport::new(engine, view, disk, size, description, slot);
+        Ok(Arc::new(export.comparing(held)))
     }
 }

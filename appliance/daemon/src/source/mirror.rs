@@ -409,6 +409,8 @@ impl Mirror {
         }
         // Left over from an earlier attempt.
         let _ = monitor.blockdev_del(&self.names.target).await;
+        let (group, disk) = (self.group.clone(), self.disk);
+        let kept = tokio::task::spawn_blocking(move || group.keeps_content(disk)).await;
         monitor
             .blockdev_add_nbd(&NbdNode {
                 node_name: self.names.target.clone(),
@@ -416,6 +418,9 @@ impl Mirror {
                 export: self.export.clone(),
                 // The server's writes do not wait for us.
                 reconnect_delay_seconds: 0,
+                // Before a whole mirror QEMU makes a target zero that takes discards. What is here is
+                // to be compared, not zeroed; the price is that this job passes on no discards.
+                discards: !kept.unwrap_or(false),
                 tls_credentials: None,
             })
             .await?;

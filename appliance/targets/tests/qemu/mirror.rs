@@ -38,6 +38,7 @@ impl Bench {
 
     async fn add_target(&self, address: NbdAddress) {
         let node = NbdNode {
+            discards: true,
             node_name: "copy".to_owned(),
             address,
             export: "copy".to_owned(),

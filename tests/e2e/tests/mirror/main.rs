@@ -39,12 +39,24 @@ impl Server {
     }
 
     async fn named(lab: &Lab, name: &str) -> Self {
-        let file = |kind: &str| lab.path(&format!("{name}.{kind}"));
-        let disk = file("raw");
+        let disk = lab.path(&format!("{name}.raw"));
         // Content everywhere, no two blocks alike.
         let content: Vec<u8> =
             (0..SIZE / 8).flat_map(|at| (at * 2_654_435_761).to_le_bytes()).collect();
         std::fs::write(&disk, content).expect("room");
+        Self::on(lab, name, disk).await
+    }
+
+    /// Its power is off, and on again after `change` has been made to its disk.
+    async fn power_cycled(mut self, lab: &Lab, name: &str, change: impl FnOnce(&Path)) -> Self {
+        self.child.start_kill().expect("it runs");
+        self.child.wait().await.expect("it ends");
+        change(&self.disk);
+        Self::on(lab, name, self.disk.clone()).await
+    }
+
+    async fn on(lab: &Lab, name: &str, disk: PathBuf) -> Self {
+        let file = |kind: &str| lab.path(&format!("{name}.{kind}"));
         let (qmp, own) = (file("qmp"), file("own"));
         let output = file("output");
         let file = std::fs::File::create(&output).expect("a file");
@@ -305,6 +317,63 @@ async fn a_server_that_is_gone_is_waited_for() {
     assert!(gone.to_string().contains("QEMU"), "{gone}");
     let server = Server::start(&lab).await;
     production.in_step(GROUP).await;
+    same(&lab, &recovery, &server).await;
+}
+
+/// A server that was off and on again: its mirror is pushed whole, and what is here already is neither
+/// logged nor sent.
+#[tokio::test]
+async fn a_power_cycle_sends_what_has_changed_and_no_more() {
+    let lab = Lab::new();
+    let server = Server::start(&lab).await;
+    let (mut production, recovery) = lab.pair().await;
+    production.expect_in_log("failed: the source's mirror is not running");
+    let create = ["group", "create", GROUP, "--peer", "recovery", "--keep", "replica"];
+    let _ = production.srn(&create).await.done();
+    add(&production, &server).await;
+    server.write(1, 3 << 20, 64 << 10).await;
+    production.in_step(GROUP).await;
+    same(&lab, &recovery, &server).await;
+    let counters = async |node: &Node| {
+        let link = node.group(GROUP).await["link"].clone();
+        let of = |name: &str| link[name].as_u64().expect("a counter");
+        (of("content_written"), of("wire_sent"))
+    };
+    let before = counters(&production).await;
+    let connected = |group: &Value| group["state"] == "failed";
+
+    // 128 blocks of 4 KiB here and there that do not compress, and 1 MiB of zeros.
+    let changed = 128 * 4096;
+    let change = |disk: &Path| {
+        let mut content = std::fs::read(disk).expect("its disk");
+        for block in 0..128usize {
+            let at = (block * 89 + 7) * 4096;
+            for (index, byte) in content[at..at + 4096].iter_mut().enumerate() {
+                let mixed = (block * 4096 + index).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+                *byte = (mixed >> 56) as u8;
+            }
+        }
+        content[46 << 20..47 << 20].fill(0);
+        std::fs::write(disk, content).expect("room");
+    };
+    let qmp = server.qmp.clone();
+    let mut server = server;
+    server.child.start_kill().expect("it runs");
+    production.group_until(GROUP, "the server is off", connected).await;
+    let server = server.power_cycled(&lab, "server", change).await;
+    assert_eq!(server.qmp, qmp);
+    production.in_step(GROUP).await;
+    same(&lab, &recovery, &server).await;
+    let after = counters(&production).await;
+    let (written, sent) = (after.0 - before.0, after.1 - before.1);
+    println!("{changed} bytes have changed: {written} were logged, {sent} were sent");
+    assert!(written <= changed + (1 << 20) + 65_536, "{written} bytes were logged");
+    assert!(sent * 10 <= changed * 12, "{sent} bytes were sent for {changed} that have changed");
+    // And from then on every write is a point again, compared with nothing.
+    server.write(9, 0, 4096).await;
+    server.write(9, 0, 4096).await;
+    production.in_step(GROUP).await;
+    assert_eq!(counters(&production).await.0 - after.0, 2 * 4096, "in step nothing is left out");
     same(&lab, &recovery, &server).await;
 }
 

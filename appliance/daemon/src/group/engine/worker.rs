@@ -251,11 +251,14 @@ impl Worker {
             changes.extend(op.changes);
             waiting.push((changes.len(), op.client, op.bytes, op.done));
         }
-        let result = self.appender.commit(&changes, clock::now());
+        // What they brought may all have been in the log already: then they are only answered.
+        let nothing = changes.is_empty();
+        let result = (!nothing).then(|| self.appender.commit(&changes, clock::now()));
         let (done, why) = match result {
-            Ok(Committed { changes, full, .. }) => (changes, full),
-            Err(StoreError::Full(why)) => (0, Some(why)),
-            Err(error) => {
+            None => (0, None),
+            Some(Ok(Committed { changes, full, .. })) => (changes, full),
+            Some(Err(StoreError::Full(why))) => (0, Some(why)),
+            Some(Err(error)) => {
                 return shared.fail(&error, waiting.into_iter().map(|(.., done)| done));
             }
         };
@@ -295,7 +298,9 @@ impl Worker {
             shared.watcher.committed(head, content);
         }
         // Before anybody else looks at what is left.
-        shared.set_full(why.as_deref());
+        if !nothing {
+            shared.set_full(why.as_deref());
+        }
         shared.commit_over(left);
     }
 

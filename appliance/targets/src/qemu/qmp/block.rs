@@ -107,6 +107,8 @@ pub struct NbdNode {
     pub export: String,
     /// How long, in seconds, requests wait for a lost server; 0 fails them at once.
     pub reconnect_delay_seconds: u32,
+    /// Pass on discards. A job that mirrors a whole disk first makes such a target zero.
+    pub discards: bool,
     /// The name of a `tls-creds-x509` object that exists in that QEMU, for a server across a
     /// network.
     pub tls_credentials: Option<String>,
@@ -270,7 +272,8 @@ impl NbdNode {
         arguments.insert("server".to_owned(), server);
         arguments.insert("export".to_owned(), self.export.clone().into());
         arguments.insert("reconnect-delay".to_owned(), self.reconnect_delay_seconds.into());
-        arguments.insert("discard".to_owned(), "unmap".into());
+        let discard = if self.discards { "unmap" } else { "ignore" };
+        arguments.insert("discard".to_owned(), discard.into());
         if let Some(credentials) = &self.tls_credentials {
             arguments.insert("tls-creds".to_owned(), credentials.clone().into());
         }
@@ -339,6 +342,7 @@ mod tests {
     #[test]
     fn nbd_nodes_by_socket_and_by_port() {
         let node = |address| NbdNode {
+            discards: true,
             node_name: "copy".to_owned(),
             address,
             export: "e".to_owned(),
