@@ -203,6 +203,8 @@ pub(crate) struct State {
     /// Newer than the manifest's.
     pub(crate) acked: Seq,
     pub(crate) leases: view::Leases,
+    /// The base is on its way to this frame: what lies before it cannot be read any more.
+    pub(crate) retiring: Option<Seq>,
 }
 
 /// The end of one line, and what is not in the manifest yet.

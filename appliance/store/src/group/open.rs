@@ -109,6 +109,7 @@ impl Group {
             slot_count,
             acked,
             leases: Leases::default(),
+            retiring: None,
         };
         state.manifest.next_slot = state.manifest.next_slot.max(next_slot);
         let group = Arc::new(Self {

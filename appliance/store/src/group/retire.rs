@@ -31,7 +31,7 @@ use crate::durable;
 use crate::error::{Result, StoreError};
 use crate::index::{Item, Merge, Place, Run};
 use crate::io::{AlignedBuf, Fs};
-use crate::manifest::{BaseMeta, PieceMeta};
+use crate::manifest::{BaseMeta, Manifest, PieceMeta};
 
 /// What has to stay recoverable. The caller decides; the store only makes sure that nobody who
 /// holds on to a position loses it.
@@ -73,6 +73,14 @@ struct WholePage {
     bytes: AlignedBuf,
 }
 
+/// What retiring a piece takes.
+struct Prepared {
+    run: Arc<Run>,
+    behind: Catalog,
+    partial: Vec<WholePage>,
+    intent: Vec<u8>,
+}
+
 impl Group {
     /// Retires the oldest piece of the main line, if `retention` and all readers allow.
     ///
@@ -81,14 +89,12 @@ impl Group {
     /// volume says.
     pub(super) fn retire_oldest(self: &Arc<Self>, retention: &Retention) -> Result<Worked> {
         let Some((piece, base)) = self.retirable(retention) else { return Ok(Worked::Nothing) };
-        let run = self.lock().run_of(&piece)?;
-        let behind = decode_catalog(&run.catalog()?)?;
-        self.open_disks(&base, &behind)?;
-        let partial = self.partial_pages(&base, &run)?;
-        let intent = encode_intent(&piece.last, &partial);
-        if intent.len() as u64 > INTENT_MAX {
-            return Err(StoreError::Invalid("a segment has too many partial pages".into()));
+        let prepared = self.prepare(&piece, &base);
+        if prepared.is_err() {
+            // Nothing of the base has changed.
+            self.lock().retiring = None;
         }
+        let Prepared { run, behind, partial, intent } = prepared?;
         let dir = self.dir.join(BASE_DIR);
         if !mutants::is(Mutant::RetireWithoutIntent) {
             durable::replace(&self.shared.volume, &dir, INTENT, &intent)?;
@@ -96,6 +102,19 @@ impl Group {
         self.apply(&base, &run, &partial)?;
         self.finish_retirement(&base, &piece, behind)?;
         Ok(Worked::Something)
+    }
+
+    /// What retiring a piece takes, read and put together; nothing is changed yet.
+    fn prepare(&self, piece: &PieceMeta, base: &Base) -> Result<Prepared> {
+        let run = self.lock().run_of(piece)?;
+        let behind = decode_catalog(&run.catalog()?)?;
+        self.open_disks(base, &behind)?;
+        let partial = self.partial_pages(base, &run)?;
+        let intent = encode_intent(&piece.last, &partial);
+        if intent.len() as u64 > INTENT_MAX {
+            return Err(StoreError::Invalid("a segment has too many partial pages".into()));
+        }
+        Ok(Prepared { run, behind, partial, intent })
     }
 
     /// Does again what a crash has interrupted. Called once, before anything is read.
@@ -133,14 +152,19 @@ impl Group {
         Ok(())
     }
 
-    /// The piece to retire next.
+    /// The piece to retire next. From here on nobody begins to read inside of it: the base changes
+    /// under whoever did.
     fn retirable(&self, retention: &Retention) -> Option<(PieceMeta, Arc<Base>)> {
-        let state = self.lock();
+        let mut state = self.lock();
         let base = state.base.clone()?;
         let main = state.manifest.main;
         let piece = *state.manifest.timelines.get(&main)?.pieces.first()?;
         let floor = state.floor(retention);
-        (piece.last.seq <= floor).then_some((piece, base))
+        if piece.last.seq > floor {
+            return None;
+        }
+        state.retiring = Some(piece.last.seq);
+        Some((piece, base))
     }
 
     fn open_disks(&self, base: &Base, catalog: &Catalog) -> Result<()> {
@@ -245,7 +269,7 @@ impl Group {
 
     /// Publishes the main line without its first piece, and forgets what only that needed.
     pub(super) fn drop_first_piece(&self, piece: &PieceMeta, base: Option<BaseMeta>) -> Result<()> {
-        self.publish(|manifest| {
+        let change = |manifest: &mut Manifest| {
             for line in manifest.timelines.values_mut() {
                 if line.pieces.first().is_some_and(|first| first.last.seq <= piece.last.seq) {
                     line.pieces.retain(|kept| kept.last.seq > piece.last.seq);
@@ -255,7 +279,8 @@ impl Group {
             if let Some(base) = base {
                 manifest.base = Some(base);
             }
-        })?;
+        };
+        self.publish_with(change, |state| state.retiring = None)?;
         self.forget_unlisted();
         Ok(())
     }

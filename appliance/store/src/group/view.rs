@@ -198,6 +198,9 @@ impl Group {
                 "the history begins at frame {base}, frame {seq} is no longer kept"
             )));
         }
+        if state.retiring.is_some_and(|to| seq < to) {
+            return Err(StoreError::NotInHistory(format!("frame {seq} is just being given up")));
+        }
         if seq > head {
             return Err(StoreError::NotInHistory(format!(
                 "the newest frame is {head}, there is no frame {seq} yet"
