@@ -30,6 +30,7 @@ pub mod name;
 pub mod pairing;
 pub mod point;
 pub mod receiver;
+pub mod retention;
 pub mod sender;
 pub mod state;
 pub mod time;
