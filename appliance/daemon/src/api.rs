@@ -7,6 +7,7 @@ mod exports;
 mod integrity;
 mod nbd_certs;
 mod points;
+mod retention;
 mod reversal;
 mod routes;
 
@@ -25,6 +26,7 @@ pub use exports::{ExportRequest, OpenExport};
 pub use integrity::{Said, ScrubRequest, VerifyRequest};
 pub use nbd_certs::{CertificateRequest, Revoked};
 pub use points::{CheckpointRequest, HistoryQuery, NewCheckpoint, NoteRequest};
+pub use retention::RetentionChange;
 pub use routes::{AddDisk, GroupChange, PairRequest, StopRequest, TokenRequest};
 
 /// The largest request body in bytes.

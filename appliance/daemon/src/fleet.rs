@@ -90,6 +90,51 @@ pub const fn keep_branches_default_s() -> u64 {
     30 * 24 * 3600
 }
 
+/// What is kept of a group's history behind the window in which every position is, and how far the
+/// clock that tells its age is trusted.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct RetentionRecord {
+    /// Spans of ten minutes of which the newest checkpoint is kept.
+    pub ten_minutes: u32,
+    /// Hours.
+    pub hours: u32,
+    /// Days, by UTC.
+    pub days: u32,
+    /// Weeks, from Monday.
+    pub weeks: u32,
+    /// Months.
+    pub months: u32,
+    /// The newest checkpoints that are kept at any age.
+    pub min_points: u32,
+    /// The most bytes that history may take, beside the base.
+    pub cap_bytes: Option<u64>,
+    /// What the wall clock said at log time 0, in microseconds since 1970: spans are aligned to it.
+    pub anchor_us: Option<i64>,
+    /// Wall time less log time as it was when it was right, in microseconds.
+    pub clock_offset_us: Option<i64>,
+    /// How far the log's wall time was ahead of this node's then, in microseconds.
+    pub clock_ahead_us: Option<i64>,
+}
+
+impl Default for RetentionRecord {
+    fn default() -> Self {
+        let policy = srn_core::retention::Policy::default();
+        Self {
+            ten_minutes: policy.ten_minutes,
+            hours: policy.hours,
+            days: policy.days,
+            weeks: policy.weeks,
+            months: policy.months,
+            min_points: policy.min_points,
+            cap_bytes: None,
+            anchor_us: None,
+            clock_offset_us: None,
+            clock_ahead_us: None,
+        }
+    }
+}
+
 /// A group's settings at this node.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GroupRecord {
@@ -112,6 +157,9 @@ pub struct GroupRecord {
     pub checkpoint_every_s: u64,
     /// Seconds of history that stay recoverable, where a replica is kept.
     pub history_s: u64,
+    /// What is kept beyond that.
+    #[serde(default)]
+    pub retention: RetentionRecord,
     /// Seconds that branches are kept: what a failover has left behind.
     #[serde(default = "keep_branches_default_s")]
     pub keep_branches_s: u64,

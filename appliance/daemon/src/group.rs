@@ -17,6 +17,7 @@ mod maintainer;
 mod mirrored;
 mod outgoing;
 mod pump;
+mod retention;
 mod room;
 mod session;
 mod share;
@@ -31,6 +32,7 @@ pub use equal::Held;
 pub use export::{DiskExport, ReadOnlyExport, Slot, Slots};
 pub use following::Reversal;
 pub use handover::Kept;
+pub use retention::{PointFate, PolicyChange, RetentionStatus};
 pub use status::{CheckpointStatus, DiskStatus, GroupStatus, LinkStatus, LogStatus, UpkeepStatus};
 pub use synchronous::SyncStatus;
 pub use ways_out::EpochStatus;
@@ -86,6 +88,8 @@ pub struct Group {
     pub(crate) recovering: tokio::sync::Mutex<()>,
     /// Who has the exports of this group open.
     pub(crate) slots: Slots,
+    /// What was decided of late about what is kept of the history.
+    keeping: Mutex<retention::Keeping>,
     /// Looking at whether what is held here is what it should be.
     integrity: integrity::Integrity,
     /// How often a mirror has opened each disk. Held while it is decided what that means.
@@ -301,6 +305,7 @@ impl Group {
             offers: Arc::default(),
             recovering: tokio::sync::Mutex::default(),
             slots: Slots::default(),
+            keeping: Mutex::default(),
             integrity,
             mirror_connections: tokio::sync::Mutex::default(),
             comparing: mirrored::Comparing::default(),

@@ -88,7 +88,7 @@ pub struct Chosen {
     pub words: String,
 }
 
-fn moment(seq: Seq, time: WallTime) -> Moment {
+pub(crate) fn moment(seq: Seq, time: WallTime) -> Moment {
     Moment { frame: seq.0, time: clock::rfc3339(time), local: clock::in_zone(time) }
 }
 

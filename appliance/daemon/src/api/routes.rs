@@ -12,7 +12,7 @@ use srn_core::limits::{DISK_SECTORS_MAX, SECTOR};
 use srn_core::name::Name;
 use srn_core::token::Token;
 
-use super::{exports, integrity, nbd_certs, points, reversal};
+use super::{exports, integrity, nbd_certs, points, retention, reversal};
 use crate::config::Size;
 use crate::error::{Failure, Result};
 use crate::fleet::{
@@ -52,6 +52,9 @@ pub(super) fn router(node: Arc<Node>) -> Router {
         .route("/v1/groups/{group}/checkpoints", get(points::list).post(points::create))
         .route("/v1/groups/{group}/checkpoints/{name}", patch(points::note).delete(points::remove))
         .route("/v1/groups/{group}/history", get(points::history))
+        .route("/v1/groups/{group}/retention", get(retention::show).patch(retention::set))
+        .route("/v1/groups/{group}/retention/preview", post(retention::preview))
+        .route("/v1/groups/{group}/retention/resume", post(retention::resume))
         .route("/v1/groups/{group}/reversal", post(reversal::reverse))
         .route("/v1/groups/{group}/branches", get(reversal::branches))
         .route("/v1/groups/{group}/branches/{branch}", delete(reversal::delete_branch))
@@ -194,6 +197,12 @@ async fn change_group(
     if change.full_policy == Some(FullPolicy::Stop) && keeps_replica {
         return Err(Failure::invalid(format!(
             "group {name} keeps a replica: a full log can only throttle"
+        )));
+    }
+    if change.history_s.is_some() && !keeps_replica {
+        return Err(Failure::refused(format!(
+            "this node keeps only a cache of group {name}; what is kept of its history is decided at \
+             the recovery node, with: srn retention set {name} --window DURATION"
         )));
     }
     if let Some(hook) = change.fence_hook.as_deref().filter(|hook| !hook.as_os_str().is_empty())

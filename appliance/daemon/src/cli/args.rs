@@ -8,7 +8,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use srn_core::name::Name;
 
-pub(super) use points::{AT_HELP, CheckpointCommand, HistoryArgs};
+pub(super) use points::{AT_HELP, CheckpointCommand, HistoryArgs, PolicyArgs, RetentionCommand};
 
 use crate::config::{CONTROL_SOCKET, parse_duration, parse_size};
 
@@ -81,6 +81,9 @@ pub(super) enum Command {
     /// Points in time that were asked for.
     #[command(subcommand)]
     Checkpoint(CheckpointCommand),
+    /// What is kept of a group's history at this node.
+    #[command(subcommand)]
+    Retention(RetentionCommand),
     /// Run servers from a point in time on this node.
     #[command(subcommand)]
     Failover(FailoverCommand),

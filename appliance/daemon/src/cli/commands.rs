@@ -10,7 +10,7 @@ use super::args::{
     MachineArgs, OnFull, OnIsolatedStart, PeerCommand, Settings, Sync, TokenCommand,
 };
 use super::client::{Client, segment};
-use super::{copy, integrity, nbd_cert, points, render, reversal, say, say_error};
+use super::{copy, integrity, nbd_cert, points, render, retention, reversal, say, say_error};
 use crate::api::{
     AddDisk, ExportRequest, GroupChange, OpenExport, PairRequest, StopRequest, TokenRequest,
 };
@@ -68,6 +68,7 @@ pub(super) async fn run(client: Client, json: bool, command: Command) -> Result<
         Command::Disk(command) => disk(&client, &out, command).await,
         Command::History(args) => points::history(&client, &out, args).await,
         Command::Checkpoint(command) => points::checkpoint(&client, &out, command).await,
+        Command::Retention(command) => retention::retention(&client, &out, command).await,
         Command::Failover(command) => failover(&client, &out, command).await,
         Command::NbdCert(command) => nbd_cert::run(&client, &out, command).await,
         Command::Export(args) => export(&client, &out, args).await,

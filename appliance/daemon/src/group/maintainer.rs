@@ -6,10 +6,9 @@ use std::time::{Duration, Instant};
 use srn_core::ids::Seq;
 use srn_store::StoreError;
 use srn_store::group::{Group as Store, Retention, Worked};
-use srn_store::manifest::{Keep, Role};
 
 use super::breaker::{Breaker, Say};
-use super::{Group, GroupSlot, UpkeepStatus};
+use super::{GroupSlot, UpkeepStatus};
 use crate::fleet::Level;
 
 /// Work is looked for at least this often.
@@ -125,7 +124,7 @@ fn work(
 ) -> Result<(), ()> {
     loop {
         let (retention, name) = match group.get().and_then(Weak::upgrade) {
-            Some(group) => (retention(&group), group.name()),
+            Some(group) => (group.retention(), group.name()),
             // Not there yet, or not any more.
             None => return Ok(()),
         };
@@ -147,7 +146,10 @@ fn work(
                         tell(group, say, Level::Info, "history is looked after again");
                     }
                     note(store, group, &wanted, breaker);
-                    return Ok(());
+                    let upgraded = group.get().and_then(Weak::upgrade);
+                    if rests || !upgraded.is_some_and(|group| group.give_up_for_cap()) {
+                        return Ok(());
+                    }
                 }
             }
             Err(StoreError::Full(why)) => {
@@ -199,33 +201,4 @@ fn note(store: &Store, group: &GroupSlot, wanted: &Retention, breaker: &Breaker)
         damaged: debt.damaged,
         trouble: breaker.trouble().map(str::to_owned),
     };
-}
-
-/// What has to stay recoverable now.
-fn retention(group: &Group) -> Retention {
-    let store = group.store();
-    let catalog = store.catalog();
-    if store.keep() == Keep::Cache {
-        return Retention::from(Seq::ZERO);
-    }
-    if !catalog.is_clean() && catalog.last_clean.is_none() {
-        // There is no point to recover to yet: everything can go to the base.
-        return unsent(group, Seq(u64::MAX));
-    }
-    if group.history_gives_way() {
-        return unsent(group, Seq(u64::MAX));
-    }
-    let history_us = group.settings().history_s.saturating_mul(1_000_000);
-    let oldest = catalog.log_time.0.saturating_sub(history_us);
-    unsent(group, store.seq_before(oldest))
-}
-
-/// A primary keeps what its peer has not got.
-fn unsent(group: &Group, keep_from: Seq) -> Retention {
-    // After a failover, what the old primary lacks: while there is room for it.
-    let acked = if group.awaits_reversal() { group.fork() } else { group.store().acked() };
-    let sends = group.role() == Role::Primary
-        && group.peer().is_some()
-        && !(group.awaits_reversal() && group.is_short_of_room());
-    Retention::from(if sends { keep_from.min(acked) } else { keep_from })
 }

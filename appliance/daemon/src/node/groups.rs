@@ -13,7 +13,8 @@ use srn_store::manifest::{Keep, Role};
 use super::Node;
 use crate::error::{Failure, Kind, Result};
 use crate::fleet::{
-    FullPolicy, GroupRecord, IsolatedStart, Level, Priority, Synchronous, keep_branches_default_s,
+    FullPolicy, GroupRecord, IsolatedStart, Level, Priority, RetentionRecord, Synchronous,
+    keep_branches_default_s,
 };
 use crate::group::{Group, NewGroup};
 
@@ -176,6 +177,7 @@ impl Node {
             synchronous: Synchronous::Off,
             checkpoint_every_s: CHECKPOINT_EVERY_DEFAULT_S,
             history_s: HISTORY_DEFAULT_S,
+            retention: RetentionRecord::default(),
             keep_branches_s: keep_branches_default_s(),
             log_cap_bytes: u64::MAX,
             fence_hook: None,
@@ -311,6 +313,7 @@ fn record(
         synchronous,
         checkpoint_every_s: request.checkpoint_every_s.unwrap_or(CHECKPOINT_EVERY_DEFAULT_S),
         history_s: request.history_s.unwrap_or(HISTORY_DEFAULT_S),
+        retention: RetentionRecord::default(),
         keep_branches_s: keep_branches_default_s(),
         log_cap_bytes,
         fence_hook: None,

@@ -12,6 +12,7 @@ use super::view::decode_catalog;
 use crate::catalog::Catalog;
 use crate::error::Result;
 use crate::index::SeqPoint;
+use crate::manifest::Purpose;
 
 const fn block(point: &SeqPoint) -> Block {
     Block {
@@ -84,6 +85,20 @@ impl Group {
         blocks.sort_by_key(|block| block.first);
         blocks.dedup_by_key(|block| block.first);
         Ok(Timeline { blocks, head, head_time })
+    }
+
+    /// Positions from which other lines go on: branches, and clones that somebody runs on.
+    #[must_use]
+    pub fn forks(&self) -> Vec<Seq> {
+        let state = self.lock();
+        let Some(main) = state.manifest.timelines.get(&state.manifest.main) else {
+            return Vec::new();
+        };
+        let others = state.manifest.timelines.values();
+        others
+            .filter(|line| line.purpose != Purpose::Main)
+            .filter_map(|line| main.epochs.common_with(&line.epochs))
+            .collect()
     }
 
     /// The newest frame of a candidate that is not later than `time`, by reading the frames of its

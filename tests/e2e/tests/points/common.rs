@@ -8,6 +8,7 @@ use srn_nbd::client::Client;
 /// Exit codes of the command line.
 pub(crate) const INVALID: i32 = 3;
 pub(crate) const NOT_FOUND: i32 = 4;
+pub(crate) const CONFLICT: i32 = 5;
 pub(crate) const REFUSED: i32 = 6;
 
 /// Makes a group that makes no checkpoints by itself, with served disks of these names, 1 MiB each.

@@ -2,7 +2,7 @@
 
 use clap::{Args, Subcommand};
 
-use crate::config::parse_duration;
+use crate::config::{parse_duration, parse_size};
 
 /// What every `--at` says.
 pub(in crate::cli) const AT_HELP: &str = "What point: latest; a time as \"2026-11-20 14:03:07.25\" \
@@ -70,5 +70,66 @@ pub(in crate::cli) enum CheckpointCommand {
         group: String,
         /// Its label, or the beginning of its id.
         checkpoint: String,
+    },
+}
+
+#[derive(Debug, Args, Default)]
+pub(in crate::cli) struct PolicyArgs {
+    /// How long every write stays recoverable.
+    #[arg(long, value_parser = parse_duration, value_name = "DURATION")]
+    pub(in crate::cli) window: Option<std::time::Duration>,
+    /// Keep the newest checkpoint of so many spans of ten minutes.
+    #[arg(long, value_name = "COUNT")]
+    pub(in crate::cli) ten_minutes: Option<u32>,
+    /// Of so many hours.
+    #[arg(long, value_name = "COUNT")]
+    pub(in crate::cli) hours: Option<u32>,
+    /// Of so many days (UTC).
+    #[arg(long, value_name = "COUNT")]
+    pub(in crate::cli) days: Option<u32>,
+    /// Of so many weeks, from Monday.
+    #[arg(long, value_name = "COUNT")]
+    pub(in crate::cli) weeks: Option<u32>,
+    /// Of so many months.
+    #[arg(long, value_name = "COUNT")]
+    pub(in crate::cli) months: Option<u32>,
+    /// Keep so many of the newest checkpoints at any age.
+    #[arg(long, value_name = "COUNT")]
+    pub(in crate::cli) min_points: Option<u32>,
+    /// The most that history may take here, for example 500G; 0 for no cap. The oldest checkpoints
+    /// go first, then the full history is shortened; the newest clean and the newest proven
+    /// checkpoint and those that are pinned stay.
+    #[arg(long, value_parser = parse_size, value_name = "SIZE")]
+    pub(in crate::cli) replica_cap: Option<u64>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(in crate::cli) enum RetentionCommand {
+    /// Show what is kept of a group's history at this node.
+    Show {
+        /// The group.
+        group: String,
+    },
+    /// Show what becomes of each checkpoint, and why; nothing is changed.
+    Preview {
+        /// The group.
+        group: String,
+        #[command(flatten)]
+        policy: PolicyArgs,
+    },
+    /// Change what is kept. Spans count only where there is a checkpoint in them.
+    Set {
+        /// The group.
+        group: String,
+        #[command(flatten)]
+        policy: PolicyArgs,
+        /// Do not ask when checkpoints are dropped.
+        #[arg(long)]
+        yes: bool,
+    },
+    /// Go on after a step of the clock: it is right as it is now.
+    Resume {
+        /// The group.
+        group: String,
     },
 }
