@@ -37,7 +37,7 @@ pub use status::{CheckpointStatus, DiskStatus, GroupStatus, LinkStatus, LogStatu
 pub use synchronous::SyncStatus;
 pub use ways_out::EpochStatus;
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 use std::time::Duration;
 
@@ -90,6 +90,8 @@ pub struct Group {
     pub(crate) slots: Slots,
     /// What was decided of late about what is kept of the history.
     keeping: Mutex<retention::Keeping>,
+    /// The group is being deleted: its settings are not written any more.
+    forgotten: AtomicBool,
     /// Looking at whether what is held here is what it should be.
     integrity: integrity::Integrity,
     /// How often a mirror has opened each disk. Held while it is decided what that means.
@@ -306,6 +308,7 @@ impl Group {
             recovering: tokio::sync::Mutex::default(),
             slots: Slots::default(),
             keeping: Mutex::default(),
+            forgotten: AtomicBool::new(false),
             integrity,
             mirror_connections: tokio::sync::Mutex::default(),
             comparing: mirrored::Comparing::default(),
@@ -411,6 +414,9 @@ impl Group {
     /// When they cannot be written.
     pub fn change_settings(&self, change: impl FnOnce(&mut GroupRecord)) -> Result<()> {
         let mut record = self.record();
+        if self.forgotten.load(Ordering::Relaxed) {
+            return Err(Failure::conflict(format!("group {} is being deleted", record.name)));
+        }
         let mut next = record.clone();
         change(&mut next);
         self.context.fleet().put_group(&next)?;
@@ -419,6 +425,18 @@ impl Group {
         self.review_synchronous();
         self.maintainer.wake();
         self.changed.notify_waiters();
+        Ok(())
+    }
+
+    /// Removes the settings from the node's memory; they are not written again.
+    ///
+    /// # Errors
+    /// When that cannot be written.
+    pub fn forget_settings(&self) -> Result<()> {
+        let record = self.record();
+        self.context.fleet().remove_group(&record.id)?;
+        // Read under the same lock.
+        self.forgotten.store(true, Ordering::Relaxed);
         Ok(())
     }
 

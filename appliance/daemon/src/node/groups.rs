@@ -233,7 +233,7 @@ impl Node {
         }
         group.tell_deleted().await;
         self.mirrors.forget(&group, None).await;
-        self.context.fleet().remove_group(&group.id().to_string())?;
+        group.forget_settings()?;
         self.groups_lock().remove(&group.id());
         self.disconnect(&group, "");
         let dir = self.context.group_dir(&group.id().to_string());
