@@ -4,6 +4,7 @@
 #   make test        everything that guards a merge
 #   make test-full   everything that can be tested on one machine; writes tests/results/
 #   make test-lab    what needs hardware or accounts; says what it lacks
+#   make fuzz        every decoder, for FUZZ_SECONDS each (60), from a new FUZZ_SEED
 #   make bench       measure against others; prints the README's table
 #   make sim         simulations, for SEEDS=100000 seeds each; Ctrl-C says how far they got
 #   make mutants     known bugs, each of which a simulation has to find
@@ -12,10 +13,10 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 
-.PHONY: demo test test-full test-lab bench sim mutants build help
+.PHONY: demo test test-full test-lab fuzz bench sim mutants build help
 
 help:
-	@sed -n '3,9s/^# *//p' Makefile
+	@sed -n '3,10s/^# *//p' Makefile
 
 build:
 	tests/setup/packages.sh build
@@ -34,6 +35,13 @@ test-full:
 
 test-lab:
 	tests/run.sh lab
+
+fuzz: export FUZZ_SECONDS ?= 60
+fuzz: export FUZZ_SEED ?= $(shell date +%s)
+fuzz:
+	cargo test --locked -p srn-testkit --test fuzz -- --nocapture
+	cargo test --locked -p srn-link fuzz -- --nocapture
+	cargo test --locked -p srn --test fuzz -- --nocapture
 
 bench:
 	tests/setup/packages.sh build server qemu nbd bench

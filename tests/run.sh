@@ -103,7 +103,7 @@ server_disk() {
 
 common() {
     mkdir -p "$logs"
-    step "packages" packages build lint nbd qemu server power
+    step "packages" packages build lint nbd qemu server power reader
     step "formatting" cargo fmt --all --check
     step "lints" cargo clippy --locked --workspace --all-targets -- -D warnings
     step "scripts" scripts

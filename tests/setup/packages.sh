@@ -16,6 +16,7 @@ grub-efi-amd64-bin python3 uidmap"
     [build]="gcc libc6-dev make"
     [bench]="openssh-client openssh-server openssl rsync socat zstd"
     [lint]="shellcheck"
+    [reader]="python3 python3-xxhash python3-lz4 python3-zstandard"
 )
 
 # These come from one source package and must be of one version: a qemu-utils from backports beside

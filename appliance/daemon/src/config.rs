@@ -199,7 +199,11 @@ impl Config {
         Self::parse(Path::new(CONFIG_PATH), "")
     }
 
-    fn parse(path: &Path, text: &str) -> Result<Self, ConfigError> {
+    /// Checks a configuration; `path` is named in errors.
+    ///
+    /// # Errors
+    /// As [`Config::load`].
+    pub fn parse(path: &Path, text: &str) -> Result<Self, ConfigError> {
         let file: File = toml::from_str(text).map_err(|error| ConfigError::Parse {
             path: path.into(),
             text: match error.span() {

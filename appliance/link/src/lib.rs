@@ -25,3 +25,8 @@ pub use error::LinkError;
 pub use identity::Identity;
 pub use session::{FrameReader, FrameWriter, InFrame, Path, Session, SessionEvent};
 pub use shaping::Traffic;
+
+/// Counts what decoders allocate, for the fuzzing tests.
+#[cfg(test)]
+#[global_allocator]
+static COUNTING: srn_testkit::fuzz::Counting = srn_testkit::fuzz::Counting;

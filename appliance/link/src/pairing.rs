@@ -318,6 +318,27 @@ mod tests {
         }
     }
 
+    /// Whoever can reach the port can send these.
+    #[test]
+    fn fuzz_introductions() {
+        use srn_testkit::fuzz::{Target, run, unsealed};
+        let bytes = |name: &str| introduction(&name.parse().unwrap(), &[0x5a; 32]);
+        let target = Target {
+            name: "introductions",
+            corpus: vec![bytes("node-a"), bytes(&"a".repeat(63))],
+            seal: unsealed,
+            cap: 16 << 20,
+        };
+        run(&target, |bytes, _| {
+            let Ok((name, proof)) = read_introduction(bytes) else { return };
+            assert!(bytes.starts_with(&introduction(&name, &proof)));
+        });
+        let refusals = Target { name: "refusals", corpus: vec![vec![1]], ..target };
+        run(&refusals, |bytes, _| {
+            let _ = refusal(bytes);
+        });
+    }
+
     async fn exactly(receive: &mut quinn::RecvStream, len: usize) -> String {
         let mut bytes = vec![0; len];
         receive.read_exact(&mut bytes).await.unwrap();

@@ -4,6 +4,7 @@
 
 pub mod chance;
 pub mod disk;
+pub mod fuzz;
 #[cfg(feature = "mutants")]
 pub mod mutants;
 pub mod oracle;

@@ -174,10 +174,11 @@ impl Work<'_> {
     fn run(&mut self) -> Result<ControlFlow<()>> {
         let base = self.base_disks()?;
         let log = self.files.log()?;
-        self.progress.total = self.log_bytes(&log)?
-            + self.index_bytes()
-            + base.iter().map(|disk| disk.bytes).sum::<u64>();
-        self.progress.total += self.layer_bytes();
+        self.progress.total = self
+            .log_bytes(&log)?
+            .saturating_add(self.index_bytes())
+            .saturating_add(self.layer_bytes())
+            .saturating_add(base.iter().map(|disk| disk.bytes).sum::<u64>());
         if self.check_log(&log)?.is_break() || self.check_index(&log)?.is_break() {
             return Ok(ControlFlow::Break(()));
         }

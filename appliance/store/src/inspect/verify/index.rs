@@ -27,7 +27,11 @@ fn name(file: u32) -> String {
 impl Work<'_> {
     /// About how many bytes of index files will be read; entries fill their leaves.
     pub(super) fn index_bytes(&self) -> u64 {
-        self.files.manifest.runs.values().map(|run| run.entries.div_ceil(127) * PAGE as u64).sum()
+        // The numbers of a manifest may be anything.
+        let runs = self.files.manifest.runs.values();
+        runs.fold(0, |sum: u64, run| {
+            sum.saturating_add(run.entries.div_ceil(127).saturating_mul(PAGE as u64))
+        })
     }
 
     pub(super) fn check_index(&mut self, log: &BTreeMap<u32, LogFile>) -> Result<ControlFlow<()>> {

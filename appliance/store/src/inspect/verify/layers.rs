@@ -15,7 +15,8 @@ use crate::manifest::LayerMeta;
 
 impl Work<'_> {
     pub(super) fn layer_bytes(&self) -> u64 {
-        self.files.manifest.layers.values().map(LayerMeta::bytes).sum()
+        let layers = self.files.manifest.layers.values();
+        layers.fold(0, |sum: u64, layer| sum.saturating_add(layer.bytes()))
     }
 
     pub(super) fn check_layers(&mut self, runs: &BTreeMap<u32, Run>) -> Result<ControlFlow<()>> {
