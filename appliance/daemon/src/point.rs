@@ -4,12 +4,15 @@
 //! is chosen can be recovered; what cannot be is refused, with the nearest points that can. It
 //! refuses to guess: a time that means several positions is refused with all of them.
 
+use std::sync::Arc;
+
 use jiff::tz::{AmbiguousOffset, Offset, TimeZone};
 use serde::{Deserialize, Serialize};
 use srn_core::ids::Seq;
 use srn_core::point::{Clock, Standing, Timeline, Wanted};
 use srn_core::time::WallTime;
-use srn_store::group::Checkpoint;
+use srn_store::catalog::Catalog;
+use srn_store::group::{Checkpoint, Group as Store};
 use srn_store::manifest::Keep;
 
 use crate::clock;
@@ -29,6 +32,29 @@ pub struct Point {
     pub seq: Seq,
     /// What was chosen, in words.
     pub words: String,
+}
+
+/// A group's history, wherever it is kept.
+#[derive(Debug)]
+pub struct Recorded<'a> {
+    /// What people call the group.
+    pub name: String,
+    /// Its history.
+    pub store: &'a Arc<Store>,
+}
+
+impl Recorded<'_> {
+    fn name(&self) -> String {
+        self.name.clone()
+    }
+
+    const fn store(&self) -> &Arc<Store> {
+        self.store
+    }
+
+    fn catalog(&self) -> Catalog {
+        self.store.catalog()
+    }
 }
 
 /// What can be recovered of a group.
@@ -97,7 +123,7 @@ pub(crate) fn moment(seq: Seq, time: WallTime) -> Moment {
 /// # Errors
 /// When this node keeps no copy, or the history cannot be read; as [`choose`] for `at`.
 pub fn history(group: &Group, at: Option<&str>) -> Result<HistoryStatus> {
-    check_replica(group)?;
+    check_replica(group.store(), &group.name())?;
     let store = group.store();
     let line = store.timeline()?;
     let full = line.full_from().map_or(Seq::ZERO, |from| from.0);
@@ -138,11 +164,10 @@ pub fn history(group: &Group, at: Option<&str>) -> Result<HistoryStatus> {
     })
 }
 
-fn check_replica(group: &Group) -> Result<()> {
-    if group.store().keep() == Keep::Cache {
+fn check_replica(store: &Store, name: &str) -> Result<()> {
+    if store.keep() == Keep::Cache {
         return Err(Failure::refused(format!(
-            "this node keeps only a cache of group {}; its history is at the recovery node",
-            group.name()
+            "this node keeps only a cache of group {name}; its history is at the recovery node"
         )));
     }
     Ok(())
@@ -154,11 +179,19 @@ fn check_replica(group: &Group) -> Result<()> {
 /// # Errors
 /// When there is no such point, or several, or it cannot be recovered.
 pub fn choose(group: &Group, at: &str) -> Result<Point> {
+    choose_in(&Recorded { name: group.name(), store: group.store() }, at)
+}
+
+/// The same of a group that no daemon runs.
+///
+/// # Errors
+/// As [`choose`].
+pub fn choose_in(group: &Recorded<'_>, at: &str) -> Result<Point> {
     if at == "latest" {
         return latest(group);
     }
-    check_replica(group)?;
-    if let Some(checkpoint) = find_checkpoint(group, at)? {
+    check_replica(group.store(), &group.name())?;
+    if let Some(checkpoint) = find_checkpoint_in(group, at)? {
         return of_checkpoint(at, &checkpoint);
     }
     let wanted = Wanted::parse(at).map_err(|error| Failure::invalid(format!("{at:?}: {error}")))?;
@@ -178,7 +211,7 @@ pub fn choose(group: &Group, at: &str) -> Result<Point> {
     }
 }
 
-fn latest(group: &Group) -> Result<Point> {
+fn latest(group: &Recorded<'_>) -> Result<Point> {
     let catalog = group.catalog();
     if catalog.is_clean() {
         let seq = catalog.at.seq;
@@ -202,6 +235,10 @@ fn latest(group: &Group) -> Result<Point> {
 /// # Errors
 /// [`Kind::Conflict`](crate::error::Kind::Conflict) when there are several.
 pub fn find_checkpoint(group: &Group, name: &str) -> Result<Option<Checkpoint>> {
+    find_checkpoint_in(&Recorded { name: group.name(), store: group.store() }, name)
+}
+
+fn find_checkpoint_in(group: &Recorded<'_>, name: &str) -> Result<Option<Checkpoint>> {
     let mut found = group.store().checkpoints()?;
     let lower = name.to_lowercase();
     found.retain(|checkpoint| {
@@ -236,7 +273,7 @@ fn of_checkpoint(at: &str, found: &Checkpoint) -> Result<Point> {
 }
 
 /// The point at a frame, which must be kept and hold whole disks.
-fn frame_point(group: &Group, seq: Seq) -> Result<Point> {
+fn frame_point(group: &Recorded<'_>, seq: Seq) -> Result<Point> {
     let name = group.name();
     let view = group.store().view_at(seq).map_err(|error| {
         let failure = Failure::from(error);
@@ -254,7 +291,7 @@ fn frame_point(group: &Group, seq: Seq) -> Result<Point> {
 }
 
 /// The newest frame at or before a time.
-fn time_point(group: &Group, time: WallTime, now: WallTime) -> Result<Point> {
+fn time_point(group: &Recorded<'_>, time: WallTime, now: WallTime) -> Result<Point> {
     let name = group.name();
     let said = clock::rfc3339(time);
     let store = group.store();
@@ -306,7 +343,7 @@ fn time_point(group: &Group, time: WallTime, now: WallTime) -> Result<Point> {
 }
 
 /// Nothing was there yet, or it is gone.
-fn not_kept(group: &Group, line: &Timeline, said: &str) -> Failure {
+fn not_kept(group: &Recorded<'_>, line: &Timeline, said: &str) -> Failure {
     let oldest = line.blocks.iter().find(|block| block.standing == Standing::Whole);
     let begins = oldest.map_or_else(
         || "has not begun".to_owned(),
@@ -323,7 +360,7 @@ fn place((seq, time): (Seq, WallTime)) -> String {
 }
 
 /// Why a position cannot be recovered, and which near it can.
-fn not_whole(group: &Group, line: &Timeline, seq: Seq, standing: Standing) -> Failure {
+fn not_whole(group: &Recorded<'_>, line: &Timeline, seq: Seq, standing: Standing) -> Failure {
     let name = group.name();
     let why = match standing {
         Standing::Mixture(reason) => {

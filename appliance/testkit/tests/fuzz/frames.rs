@@ -48,7 +48,7 @@ fn frames() -> Vec<Arc<Frame>> {
             Record::ResyncEnd { disk },
             Record::ClockStep { step_us: -5_000_000 },
             Record::DiskRemove { disk },
-            Record::Mark { id: CheckpointId([5; 16]), kind: MarkKind::Manual },
+            Record::Mark { id: CheckpointId([5; 16]), kind: MarkKind::Manual, application: true },
         ],
         Vec::new(),
     ];

@@ -72,7 +72,8 @@ pub(in crate::cli) struct ExportArgs {
     /// The disk's name.
     #[arg(long, value_name = "NAME")]
     pub(super) disk: String,
-    /// What to export: latest, a checkpoint's id or label, a frame's number, or a time.
+    /// What to export: latest, a checkpoint's id or label, a frame's number, or (in the main line)
+    /// a time, as srn history takes it.
     #[arg(long = "at", default_value = "latest", value_name = "POINT")]
     pub(super) point: String,
     /// The line it is in: the beginning of its epoch's id [default: the main line].

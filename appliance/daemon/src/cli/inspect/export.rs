@@ -52,7 +52,7 @@ pub(super) fn export(group: &GroupDir, args: &ExportArgs, json: bool) -> Result<
     let looked = group.look()?;
     let name = group.name()?;
     let line = line_of(&looked, args.line.as_deref())?;
-    let point = point::choose(&looked.group, &line, &args.point)?;
+    let point = point::choose(&looked.group, &name, &line, &args.point)?;
     let view = looked.group.view_at_of(line.epochs.current(), point.seq)?;
     let catalog = view.catalog();
     let Some((no, disk)) = catalog.by_name(&args.disk) else {

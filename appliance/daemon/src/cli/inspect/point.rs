@@ -4,9 +4,11 @@ use std::sync::Arc;
 
 use srn_core::ids::Seq;
 use srn_store::group::{Checkpoint, Group, LineInfo};
+use srn_store::manifest::Purpose;
 
 use super::answers::PointAnswer;
 use crate::error::{Failure, Result};
+use crate::point::{Recorded, choose_in};
 
 /// A point that was chosen.
 #[derive(Debug)]
@@ -16,11 +18,17 @@ pub(super) struct Point {
     pub(super) words: String,
 }
 
-/// `latest`, a checkpoint's id (or its beginning) or label, or a frame's number.
+/// In the main line whatever the daemon takes too; in another one `latest`, a checkpoint's id (or its
+/// beginning) or label, or a frame's number.
 ///
 /// # Errors
 /// When there is no such point, or several.
-pub(super) fn choose(group: &Arc<Group>, line: &LineInfo, at: &str) -> Result<Point> {
+pub(super) fn choose(group: &Arc<Group>, name: &str, line: &LineInfo, at: &str) -> Result<Point> {
+    if line.purpose == Purpose::Main {
+        let recorded = Recorded { name: name.to_owned(), store: group };
+        let crate::point::Point { seq, words } = choose_in(&recorded, at)?;
+        return Ok(Point { seq, words });
+    }
     if at == "latest" {
         let newest = line.catalog.last_clean.ok_or_else(|| {
             Failure::refused("nothing can be recovered yet: no disk was ever whole")
