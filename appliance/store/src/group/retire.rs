@@ -19,7 +19,7 @@ use srn_core::bytes::{Reader, Truncated, Writer};
 use srn_core::epoch::Position;
 use srn_core::extent::Extent;
 use srn_core::ids::{DiskNo, Seq};
-use srn_core::limits::{PAGE, PAGE_SECTORS, SECTOR};
+use srn_core::limits::{DISK_SECTORS_MAX, PAGE, PAGE_SECTORS, SECTOR};
 use srn_core::mutants::{self, Mutant};
 
 use super::maintain::Worked;
@@ -435,14 +435,17 @@ fn decode_intent(bytes: &[u8]) -> Option<(Position, Vec<WholePage>)> {
         let to = position(&mut reader)?;
         let count = reader.u64()?;
         let mut pages = Vec::new();
+        let mut in_range = true;
         for _ in 0..count {
             let disk = DiskNo(reader.u32()?);
             let page = reader.u64()?;
+            in_range &= page < DISK_SECTORS_MAX / PAGE_SECTORS;
             let mut whole = AlignedBuf::zeroed(PAGE);
             whole.copy_from_slice(reader.take(PAGE)?);
             pages.push(WholePage { disk, page, bytes: whole });
         }
-        Ok::<_, Truncated>((magic == INTENT_MAGIC && version == 1, to, pages))
+        let sound = magic == INTENT_MAGIC && version == 1 && in_range;
+        Ok::<_, Truncated>((sound, to, pages))
     };
     match read() {
         Ok((true, to, pages)) => Some((to, pages)),
@@ -453,6 +456,25 @@ fn decode_intent(bytes: &[u8]) -> Option<(Position, Vec<WholePage>)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// A page number whose place in bytes is beyond all numbers was multiplied as it was.
+    #[test]
+    fn an_intent_for_a_page_beyond_any_disk_is_refused() {
+        let to = Position {
+            epoch: srn_core::ids::EpochId([1; 16]),
+            seq: Seq(2),
+            hash: srn_core::ids::FrameHash([3; 16]),
+        };
+        let intent = |page: u64| {
+            let bytes = AlignedBuf::zeroed(PAGE);
+            encode_intent(&to, &[WholePage { disk: DiskNo(0), page, bytes }])
+        };
+        let last = DISK_SECTORS_MAX / PAGE_SECTORS - 1;
+        assert!(decode_intent(&intent(last)).is_some());
+        for page in [last + 1, u64::MAX / PAGE as u64 + 1, u64::MAX] {
+            assert!(decode_intent(&intent(page)).is_none(), "page {page}");
+        }
+    }
 
     #[test]
     fn intent_bytes_are_pinned() {
