@@ -313,6 +313,10 @@ impl File for MemoryFile {
         Ok(len)
     }
 
+    fn next_data(&self, offset: u64) -> io::Result<Option<u64>> {
+        Ok((offset < self.bytes.len() as u64).then_some(offset))
+    }
+
     fn write_at(&self, _: &[io::IoSlice<'_>], _offset: u64, _durable: bool) -> io::Result<()> {
         no()
     }
