@@ -298,7 +298,10 @@ impl Group {
             {
                 let inside = |seq: &&Seq| **seq >= first.first && **seq < last.last.seq;
                 let dropped = usize::from(mutants::is(Mutant::PointDropped));
-                let cuts = retention.points.iter().filter(inside).skip(dropped).copied().collect();
+                let cuts = retention.points.iter().filter(inside).skip(dropped);
+                let mut cuts: Vec<Seq> = cuts.copied().collect();
+                // A layer of nothing would stand between two of the same.
+                cuts.dedup();
                 windows.push(Window { pieces: open.clone(), cuts, bytes: *bytes });
             }
             open.clear();
