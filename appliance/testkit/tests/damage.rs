@@ -15,8 +15,8 @@ use srn_store::StoreError;
 use srn_store::frame::Frame;
 use srn_store::group::damage::{Damage, DamagedPart};
 use srn_store::group::{
-    Change, Group, Missing, NewGroup, Opened, Options, Repaired, Retention, SpanKind, Sums, Worked,
-    pages_of,
+    Appender, Change, Group, Missing, NewGroup, Opened, Options, Repaired, Retention, SpanKind,
+    Sums, Worked, pages_of,
 };
 use srn_store::io::Fs;
 use srn_store::manifest::{Keep, Role};
@@ -124,6 +124,63 @@ fn a_base_that_lost_its_files_is_not_read_as_zeros() {
         write(&disk, &file, &content);
         same(&open(&disk).expect("it is whole again"), &model);
     }
+}
+
+/// A retirement that meets damage halfway has changed a part of the base. Nobody reads what is a
+/// mixture, now or after a restart, the group can be opened, and the rest is finished when the damage
+/// is mended.
+#[test]
+fn a_retirement_that_meets_damage_halfway_is_finished_later() {
+    let disk = SimDisk::new(SEED, 64 << 20);
+    let _ = written(&disk);
+    let Opened { group, mut main, .. } = open(&disk).expect("it opens");
+    let before = main.head().seq;
+    let write = |main: &mut Appender, start: u64, value: u8| {
+        let data: bytes::Bytes = vec![value; 4096].into();
+        let sums = Sums::of(&data);
+        let change = Change::Write { disk: DiskNo(0), start, data, sums };
+        main.commit(&[change], now(101)).expect("room").head.seq
+    };
+    while group.maintain(&Retention::from(before)).expect("work") == Worked::Something {}
+    // In one segment: the first page twice, and another page behind it, which is damaged.
+    let middle = write(&mut main, 0, 0x61);
+    write(&mut main, 0, 0x62);
+    let end = write(&mut main, 64, 0x63);
+    main.close_segment();
+    let is_last = |file: &PathBuf| read(&disk, file).windows(8).any(|some| some == [0x63; 8]);
+    let file = files(&disk, "log").into_iter().find(is_last).expect("its segment");
+    let at = read(&disk, &file).windows(8).position(|some| some == [0x63; 8]).expect("it is there");
+    disk.rot(&file, at as u64);
+    let retention = Retention::from(Seq(u64::MAX));
+    let check = |group: &Arc<Group>, when: &str| {
+        let refused = loop {
+            match group.maintain(&retention) {
+                Ok(Worked::Something) => {}
+                other => break other,
+            }
+        };
+        assert!(matches!(refused, Err(StoreError::Corrupt(_))), "{when}: {refused:?}");
+        let view = group.view_at(middle).map(drop);
+        assert!(matches!(view, Err(StoreError::NotInHistory(_))), "{when}: a mixture is shown");
+        let view = group.view_at(end).expect("the end is there");
+        let mut content = vec![0; 4096];
+        view.read(DiskNo(0), Extent::new(0, 8), &mut content).expect("it is sound");
+        assert_eq!(content, [0x62; 4096], "{when}");
+    };
+    check(&group, "at first");
+    check(&group, "again");
+    drop((group, main));
+    let Opened { group, main, .. } = open(&disk).expect("it opens with a half retirement");
+    check(&group, "after a restart");
+    // Mended: the rest is done, and the base is whole.
+    disk.rot(&file, at as u64);
+    while group.maintain(&retention).expect("work") == Worked::Something {}
+    let mut content = vec![0; 4096];
+    let view = group.view_head().expect("a view");
+    view.read(DiskNo(0), Extent::new(64, 8), &mut content).expect("it is sound");
+    assert_eq!(content, [0x63; 4096]);
+    assert_eq!(group.window_start().expect("a replica").seq, end);
+    drop(main);
 }
 
 /// A damaged stretch of history is not merged and not passed over; the others are.

@@ -80,6 +80,16 @@ struct Window {
 }
 
 impl Window {
+    /// Whether merging it loses nothing that is to be kept.
+    fn heeds(&self, retention: &Retention) -> bool {
+        let (Some(first), Some(last)) = (self.pieces.first(), self.pieces.last()) else {
+            return false;
+        };
+        let mut inside =
+            retention.points.iter().filter(|seq| **seq >= first.first && **seq < last.last.seq);
+        last.last.seq <= retention.keep_from && inside.all(|seq| self.cuts.contains(seq))
+    }
+
     fn key(&self) -> (u32, u32, Vec<Seq>) {
         let ordinal = |piece: Option<&PieceMeta>| piece.map_or(0, |piece| piece.ordinal);
         (ordinal(self.pieces.first()), ordinal(self.pieces.last()), self.cuts.clone())
@@ -182,8 +192,9 @@ impl Group {
         let Some(mut job) = compacting.job.take() else {
             return self.begin(&mut compacting, retention);
         };
-        // Retirement may have been quicker: then there is nothing left to merge.
-        if !self.lock().has_pieces(&job.window.pieces) {
+        // Retirement may have been quicker: then there is nothing left to merge. Or a point is to be
+        // kept by now that was not when this was planned.
+        if !self.lock().has_pieces(&job.window.pieces) || !job.window.heeds(retention) {
             return Ok(Worked::Something);
         }
         match self.step(&mut job) {

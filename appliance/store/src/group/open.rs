@@ -22,6 +22,7 @@ use srn_core::time::{LogClock, Now};
 
 use super::append::Appender;
 use super::fork::begin_epoch;
+use super::retire::INTENT;
 use super::view::{Leases, decode_catalog};
 use super::{
     BASE_DIR, DIRS, Group, INDEX_DIR, LAYER_DIR, LOG_DIR, Line, Options, Shared, State, Unsealed,
@@ -125,7 +126,7 @@ impl Group {
             compacting: Mutex::default(),
             state: Mutex::new(state),
         });
-        group.redo_retirement()?;
+        group.redo_or_remember()?;
         group.sweep()?;
         group.recover(&mut loose, now)
     }
@@ -416,7 +417,8 @@ impl Group {
         }
         let dir = self.dir.join(BASE_DIR);
         for name in list(&dir)? {
-            if !base.contains(&name) {
+            let is_needed = name == INTENT && self.lock().retiring.is_some();
+            if !base.contains(&name) && !is_needed {
                 let _ = volume.remove(&dir.join(&name));
             }
         }

@@ -51,6 +51,11 @@ impl Retention {
         Self { keep_from: seq, points: Vec::new() }
     }
 
+    /// Whether nothing is to be given up.
+    pub(super) fn keeps_all(&self) -> bool {
+        self.keep_from == Seq::ZERO
+    }
+
     /// The last position that nobody needs: the base may come up to it. It stays before the oldest
     /// point, whose mark lies in the log.
     pub(super) fn floor(&self) -> Seq {
@@ -63,7 +68,7 @@ const GATHER: usize = 1 << 20;
 
 /// The intent's file name and most bytes: a segment of sector-sized random writes makes a page of
 /// each.
-const INTENT: &str = "retire.intent";
+pub(super) const INTENT: &str = "retire.intent";
 const INTENT_MAX: u64 = 4 << 30;
 
 /// A page that is only partly changed, put together whole.
@@ -88,6 +93,16 @@ impl Group {
     /// [`StoreError::Corrupt`] when a piece to retire is damaged: it stays where it is. As the
     /// volume says.
     pub(super) fn retire_oldest(self: &Arc<Self>, retention: &Retention) -> Result<Worked> {
+        if self.lock().retiring.is_some() {
+            if retention.keeps_all() {
+                return Ok(Worked::Nothing);
+            }
+            // One that failed halfway, for want of room or for damage: the base holds a part of it
+            // already, so it comes before all others, whatever is to be kept by now.
+            self.redo_retirement()?;
+            self.lock().retiring = None;
+            return Ok(Worked::Something);
+        }
         let Some((piece, base)) = self.retirable(retention) else { return Ok(Worked::Nothing) };
         let prepared = self.prepare(&piece, &base);
         if prepared.is_err() {
@@ -97,7 +112,11 @@ impl Group {
         let Prepared { run, behind, partial, intent } = prepared?;
         let dir = self.dir.join(BASE_DIR);
         if !mutants::is(Mutant::RetireWithoutIntent) {
-            durable::replace(&self.shared.volume, &dir, INTENT, &intent)?;
+            let written = durable::replace(&self.shared.volume, &dir, INTENT, &intent);
+            if written.is_err() {
+                self.lock().retiring = None;
+            }
+            written?;
         }
         self.apply(&base, &run, &partial)?;
         self.finish_retirement(&base, &piece, behind)?;
@@ -117,7 +136,37 @@ impl Group {
         Ok(Prepared { run, behind, partial, intent })
     }
 
-    /// Does again what a crash has interrupted. Called once, before anything is read.
+    /// Goes on opening with a retirement that cannot be finished now: what the base holds of it is
+    /// shadowed by the log, and what lies before its end cannot be read until it is.
+    pub(super) fn redo_or_remember(self: &Arc<Self>) -> Result<()> {
+        let why = match self.redo_retirement() {
+            Err(error @ (StoreError::Corrupt(_) | StoreError::Full(_))) => error,
+            done => return done,
+        };
+        let first = {
+            let state = self.lock();
+            let line = state.manifest.timelines.get(&state.manifest.main);
+            line.and_then(|line| line.pieces.first()).map(|piece| piece.last)
+        };
+        // A damaged intent says nothing about the base, and is no reason to go on.
+        match (self.intent_of(), first) {
+            (Some(to), Some(first)) if to == first => {
+                log::error!("group {}: history that was to be given up stays: {why}", self.id);
+                self.lock().retiring = Some(to.seq);
+                Ok(())
+            }
+            _ => Err(why),
+        }
+    }
+
+    /// Where the retirement leads whose intent is there and sound.
+    fn intent_of(&self) -> Option<Position> {
+        let path = self.dir.join(BASE_DIR).join(INTENT);
+        let bytes = durable::read(&self.shared.volume, &path, INTENT_MAX).ok()?;
+        decode_intent(&bytes).map(|(to, _)| to)
+    }
+
+    /// Does again what a crash or a failure has interrupted.
     pub(super) fn redo_retirement(self: &Arc<Self>) -> Result<()> {
         let dir = self.dir.join(BASE_DIR);
         let volume = &self.shared.volume;
