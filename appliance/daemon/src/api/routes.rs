@@ -240,7 +240,12 @@ async fn change_group(
         group.stop_waiting();
     }
     if change.not_taken_over {
+        let before = group.engine();
         group.reclaim().await?;
+        if !Arc::ptr_eq(&before, &group.engine()) {
+            // Whoever is connected holds on to the log as it was, which is closed; they come again.
+            node.disconnect(&group, "");
+        }
     }
     if let Some(paused) = change.paused {
         group.set_paused(paused).await?;

@@ -295,6 +295,7 @@ pub(super) fn group(group: &GroupStatus) -> String {
         word(&group.full_policy),
         word(&group.isolated_start)
     ));
+    out.extend(group.said_by_primary.as_ref().map(|said| format!("  production node: {said}")));
     out.extend(group.synchronous.as_ref().map(|sync| {
         let now = if sync.waits { "writes wait for the peer" } else { "writes do not wait now" };
         format!("  synchronous ({}): {now}, since {}", word(&sync.declared), sync.since)

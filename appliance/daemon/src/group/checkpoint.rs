@@ -73,6 +73,7 @@ impl Group {
     ) -> Result<()> {
         let store = self.store.clone();
         self.blocking(move || store.change_note(id, change)).await?;
+        self.decide_anew();
         // If it is lost on the way, it is told again with the next session.
         let session = match &*self.side() {
             Side::Outgoing(outgoing) => Some(outgoing.session().clone()),

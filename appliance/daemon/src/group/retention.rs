@@ -144,6 +144,11 @@ impl Group {
         self.keeping.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
+    /// What is to be kept may have changed: the next look decides anew.
+    pub(super) fn decide_anew(&self) {
+        self.keeping().decided = None;
+    }
+
     /// What the store has to keep now.
     pub(super) fn retention(&self) -> Retention {
         let catalog = self.store.catalog();
@@ -412,6 +417,11 @@ impl Group {
             return false;
         };
         let used = self.history_bytes();
+        // What was given up and is still held, by a reader, a clone or a branch, frees nothing yet;
+        // neither would the next thing.
+        if used > cap && self.store.debt(&self.retention()).bytes > 0 {
+            return false;
+        }
         let policy_us = settings.history_s.saturating_mul(1_000_000);
         let mut keeping = self.keeping();
         if used <= cap {

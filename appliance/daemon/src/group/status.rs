@@ -37,6 +37,9 @@ pub struct GroupStatus {
     pub cause: String,
     /// More about why, if there is more to say.
     pub detail: Option<String>,
+    /// What the primary said last of its own state; only at the secondary, while it is heard.
+    #[serde(default)]
+    pub said_by_primary: Option<String>,
     /// Whether everything is as it should be.
     pub safe: bool,
     /// Since when it is not, in RFC 3339.
@@ -410,6 +413,12 @@ impl Group {
             state: state.to_string(),
             cause: cause.words().into(),
             detail,
+            said_by_primary: match &*self.side() {
+                Side::Incoming(incoming) => {
+                    incoming.progress().map(|(progress, _)| progress.state.clone())
+                }
+                _ => None,
+            },
             safe: state == State::Streaming
                 && protected
                 && !catalog.disks.is_empty()

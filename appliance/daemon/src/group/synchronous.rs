@@ -21,6 +21,9 @@ use crate::fleet::{Level, Synchronous};
 /// An answer that waits longer than this shows that the peer is away, where going on is declared.
 const PATIENCE: Duration = Duration::from_secs(5);
 
+/// A wait that is worth telling of.
+const SHORT_WAIT: Duration = Duration::from_secs(1);
+
 /// A peer that is behind by no more than this has caught up.
 const CAUGHT_UP: Duration = Duration::from_millis(200);
 
@@ -92,9 +95,7 @@ impl Group {
         let streaming = self.streams();
         let situation = Situation {
             declared,
-            sends: self.role() == Role::Primary
-                && self.record_has_peer()
-                && !self.awaits_reversal(),
+            sends: self.role() == Role::Primary && self.record_has_peer(),
             clean: {
                 let catalog = self.catalog();
                 catalog.is_clean() && !catalog.disks.is_empty()
@@ -118,7 +119,8 @@ impl Group {
             if before != Some(waits) {
                 remembered.since = Some((waits, clock::wall()));
             }
-            let away = waits && !streaming;
+            // On the way to being connected nobody has waited yet.
+            let away = waits && !streaming && situation.waited > SHORT_WAIT;
             let stuck = away && !remembered.told_waiting;
             remembered.told_waiting = away;
             (before.is_some_and(|before| before != waits), stuck)
@@ -168,7 +170,30 @@ impl Group {
                 "group {name} has no peer that its writes could wait for"
             )));
         }
+        if self.awaits_reversal() {
+            return Err(Failure::refused(format!(
+                "nobody follows group {name} since the failover; first, at the old production node: \
+                 srn group reverse {name}"
+            )));
+        }
         Ok(())
+    }
+
+    /// This node has taken over: the server runs here because the peer is lost, and its writes must
+    /// not wait for it. Whoever wants that again declares it again.
+    pub(super) fn forget_synchronous(&self) {
+        if self.record().synchronous == Synchronous::Off {
+            return;
+        }
+        let name = self.name();
+        match self.change_settings(|record| record.synchronous = Synchronous::Off) {
+            Ok(()) => {
+                let text = "not synchronous after the failover; declare it again when the peer \
+                            follows";
+                self.context.event(Level::Warning, Some(&name), text);
+            }
+            Err(error) => log::error!("group {name}: writing down its settings: {error}"),
+        }
     }
 
     /// Whether replication may be paused.

@@ -53,6 +53,7 @@ impl Group {
     pub async fn take_over(self: &Arc<Self>, held: &NoOffers, seq: Seq) -> Result<Position> {
         debug_assert!(Arc::ptr_eq(&self.offers, OwnedMutexGuard::mutex(&held.0)));
         let head = self.take_over_from(seq).await?;
+        self.forget_synchronous();
         *self.lag() = Lag::default();
         self.forget_sources();
         let name = self.name();

@@ -56,6 +56,7 @@ async fn nothing_that_was_answered_is_lost_with_a_synchronous_node() {
         (small_segments(&lab, "production"), small_segments(&lab, "recovery"));
     let relay =
         pair_through_relay(&mut production, &mut recovery, &mut Chance::from_env("SRN_SEED")).await;
+    production.expect_in_log("writes wait: the group is synchronous and its peer is away");
     protect(&production, DISK, SIZE, &["--sync", "wait"]).await;
     production.group_until(GROUP, "writes wait for the peer", |group| waits(group, true)).await;
     let (answered, task) = write_on(production.open(&export_of(DISK)).await);
@@ -94,7 +95,7 @@ async fn writes_wait_for_a_peer_that_is_away_where_that_was_declared() {
     client.write(0, filled(1, BLOCK), false).await.expect("the peer is there");
     recovery
         .group_until(GROUP, "the recovery node says so too", |group| {
-            group["detail"].as_str().is_some_and(|text| text.contains("synchronous"))
+            group["said_by_primary"].as_str().is_some_and(|text| text.contains("synchronous"))
         })
         .await;
     let _ = recovery.stop().await;

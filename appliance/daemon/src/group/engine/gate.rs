@@ -90,7 +90,9 @@ impl<T> Gate<T> {
 
     /// Closes it: answers wait from now on.
     pub(super) fn close(&self) {
-        self.lock().closed = true;
+        // Both under the lock: they must not part for good.
+        let mut waiting = self.lock();
+        waiting.closed = true;
         self.is_closed.store(true, Ordering::SeqCst);
     }
 

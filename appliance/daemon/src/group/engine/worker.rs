@@ -196,6 +196,9 @@ impl Shared {
         };
         if let Some((ops, closed)) = refused {
             ops.into_iter().for_each(|op| refuse(op.done, &closed));
+            // What was in the commit waits for an acknowledgement that may never come.
+            let held = self.gate.give_up();
+            super::gate::refuse(held, ErrorCode::ShuttingDown, &closed.0);
         }
         self.commits.fetch_add(1, Ordering::Relaxed);
         self.commit_ended.notify_waiters();
