@@ -233,6 +233,7 @@ async fn while_the_missed_is_being_sent_the_newest_point_is_the_last_one_before(
     production.pair_with(&recovery).await;
     // The background copy is as slow as the log is small, so that the middle of it lasts.
     protect(&production, &server, &["--log-size", "16M", "--on-full", "throttle"]).await;
+    production.expect_in_log("writes wait until there is room");
     expect_lost_peer(&mut production);
     expect_lost_peer(&mut recovery);
     let file = lab.path("middle.raw");

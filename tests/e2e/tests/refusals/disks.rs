@@ -141,7 +141,7 @@ async fn a_copy_that_fails_is_told_and_can_be_made_again() {
     let path = file.to_str().expect("a path in UTF-8");
     let at = format!("--at={}", shown["head"]);
     let ran = node.srn(&["export", "web", "data", "--raw", path, &at]).await;
-    refused("srn export", &ran, REFUSED, &["web", &at[5..], "checkpoint list"]);
+    refused("srn export", &ran, REFUSED, &["web", &at[5..], "nearest point"]);
     let ran = node.srn(&["export", "web", "data", "--raw", path]).await;
     refused("srn export", &ran, NOT_FOUND, &["web", "no disk \"data\""]);
     assert!(!file.exists());

@@ -503,7 +503,7 @@ async fn a_failover_that_cannot_be_leaves_production_in_charge() {
     // No such point: nobody is asked to stop.
     let run = ["failover", "run", "web", "--no-start", "--yes"];
     let nowhere = [&run[..], &["--at", "99999"]].concat();
-    refuses(&recovery, &nowhere, NOT_FOUND, &["web", "99999", "checkpoint list"]).await;
+    refuses(&recovery, &nowhere, NOT_FOUND, &["web", "99999", "srn history web"]).await;
     // Nor when no server can be started from it, or not as asked for, or nobody says yes.
     let run_one = ["failover", "run", "web", "--yes"];
     refuses(&recovery, &run_one, REFUSED, &["no disk can be booted", "--firmware"]).await;

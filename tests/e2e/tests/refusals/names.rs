@@ -87,11 +87,13 @@ async fn unknown_names_are_answered_with_the_known_ones() {
     for arguments in disks {
         refuses(&node, arguments, NOT_FOUND, &["web", "no disk \"nosuch\"", "root"]).await;
     }
-    for at in ["nosuch", "999999", "-1"] {
+    for at in ["nosuch", "999999"] {
         let at = format!("--at={at}");
         let arguments = ["export", "web", "root", &at, "--raw", file];
-        refuses(&node, &arguments, NOT_FOUND, &["web", &at[5..], "checkpoint list"]).await;
+        refuses(&node, &arguments, NOT_FOUND, &["web", &at[5..], "history"]).await;
     }
+    let arguments = ["export", "web", "root", "--at=-1", "--raw", file];
+    refuses(&node, &arguments, INVALID, &["\"-1\"", "-90s"]).await;
     let other: [&[&str]; 3] = [
         &["group", "create", "new", "--keep", "replica", "--peer", "nosuch"],
         &["peer", "remove", "nosuch"],
