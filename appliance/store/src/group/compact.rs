@@ -87,7 +87,8 @@ impl Window {
         };
         let mut inside =
             retention.points.iter().filter(|seq| **seq >= first.first && **seq < last.last.seq);
-        last.last.seq <= retention.keep_from && inside.all(|seq| self.cuts.contains(seq))
+        let heeded = inside.all(|seq| self.cuts.contains(seq)) || mutants::is(Mutant::PointDropped);
+        last.last.seq <= retention.keep_from && heeded
     }
 
     fn key(&self) -> (u32, u32, Vec<Seq>) {
