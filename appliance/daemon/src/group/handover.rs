@@ -485,7 +485,9 @@ impl Group {
                     let text = format!("the production node does not hand over: {why}");
                     return Err(Failure::refused(text));
                 }
-                _ if !streams => return lost(),
+                Some(Ok(_)) if !streams => return lost(),
+                // A primary that is paused has ended its stream, and its answer is on the way.
+                None if session.is_over() => return lost(),
                 _ => {}
             }
             let _ = tokio::time::timeout(LOOK, changed).await;
