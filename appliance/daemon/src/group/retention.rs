@@ -155,10 +155,14 @@ impl Group {
         if self.store.keep() == Keep::Cache {
             return Retention::from(Seq::ZERO);
         }
-        // There is no point to recover to yet; or the peer keeps them, and production needs room.
-        let none_yet = !catalog.is_clean() && catalog.last_clean.is_none();
-        if none_yet || self.history_gives_way() {
+        // There is no point to recover to yet.
+        if !catalog.is_clean() && catalog.last_clean.is_none() {
             return self.with_unsent(Retention::from(Seq(u64::MAX)));
+        }
+        // Production needs room, and most of it the peer keeps; what is pinned here stays here.
+        if self.history_gives_way() {
+            let pinned = self.pinned().map(|points| Retention { keep_from: Seq(u64::MAX), points });
+            return self.with_unsent(pinned.unwrap_or_else(|error| self.keep_all(&error)));
         }
         let fresh = |at: &Mono| clock::mono().since(*at) < FRESH_US;
         if let Some((at, decided)) = &self.keeping().decided
@@ -166,12 +170,25 @@ impl Group {
         {
             return self.with_unsent(decided.clone());
         }
-        let decided = self.decide(&catalog).unwrap_or_else(|error| {
-            log::warn!("group {}: nothing is given up: {error}", self.name());
-            Retention::from(Seq::ZERO)
-        });
+        let decided = self.decide(&catalog).unwrap_or_else(|error| self.keep_all(&error));
         self.keeping().decided = Some((clock::mono(), decided.clone()));
         self.with_unsent(decided)
+    }
+
+    /// What is to be kept cannot be told.
+    fn keep_all(&self, why: &Failure) -> Retention {
+        log::warn!("group {}: nothing is given up: {why}", self.name());
+        Retention::from(Seq::ZERO)
+    }
+
+    /// The positions of pinned checkpoints. Cheap where there is no pin.
+    fn pinned(&self) -> Result<Vec<Seq>> {
+        if !self.store.notes().iter().any(|(_, note)| note.pinned) {
+            return Ok(Vec::new());
+        }
+        let checkpoints = self.store.checkpoints()?;
+        let pinned = checkpoints.iter().filter(|checkpoint| checkpoint.note.pinned);
+        Ok(pinned.map(|checkpoint| checkpoint.position.seq).collect())
     }
 
     /// A primary keeps what its peer has not got.
