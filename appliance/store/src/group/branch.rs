@@ -193,15 +193,6 @@ impl Group {
         let _one_at_a_time =
             self.maintaining.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         self.branch(id)?;
-        self.publish(|manifest| {
-            manifest.timelines.remove(&id);
-            manifest.drop_unused();
-        })?;
-        let line = self.lock().lines.remove(&id);
-        if let Some(mut line) = line {
-            line.forget_recent(&self.shared.recent);
-        }
-        self.forget_unlisted();
-        Ok(())
+        self.forget_line(id)
     }
 }

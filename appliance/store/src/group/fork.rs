@@ -168,6 +168,11 @@ impl Group {
                 return Err(StoreError::Invalid(format!("{id} is no clone of this group")));
             }
         }
+        self.forget_line(id)
+    }
+
+    /// Takes a line out of the manifest, and lets go of what only it had.
+    pub(super) fn forget_line(&self, id: EpochId) -> Result<()> {
         self.publish(|manifest| {
             manifest.timelines.remove(&id);
             manifest.drop_unused();
