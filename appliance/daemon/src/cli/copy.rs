@@ -61,13 +61,49 @@ impl Pieces {
     }
 }
 
-/// Removes the unfinished file unless it was finished.
-pub(super) struct Unfinished(pub(super) Option<PathBuf>);
+/// A file that gets its name when it is whole; dropped before, it is removed.
+pub(super) struct Unfinished {
+    partial: PathBuf,
+    finished: bool,
+}
+
+impl Unfinished {
+    /// For the file that shall be `path` in the end. Nothing is made yet.
+    ///
+    /// # Errors
+    /// When `path` names no file.
+    pub(super) fn of(path: &Path) -> Result<Self> {
+        let name = path
+            .file_name()
+            .ok_or_else(|| Failure::invalid(format!("{} is no name for a file", path.display())))?;
+        let mut partial = name.to_owned();
+        partial.push(".part");
+        Ok(Self { partial: path.with_file_name(partial), finished: false })
+    }
+
+    /// Where it is written until then.
+    pub(super) fn partial(&self) -> &Path {
+        &self.partial
+    }
+
+    /// It is whole and synced: it gets its name, durably.
+    ///
+    /// # Errors
+    /// As the system says.
+    pub(super) fn finish(mut self, path: &Path) -> Result<()> {
+        rustix::fs::rename(&self.partial, path).map_err(|error| failed(path, &error.into()))?;
+        self.finished = true;
+        let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
+        File::open(parent.unwrap_or_else(|| Path::new(".")))
+            .and_then(|dir| dir.sync_all())
+            .map_err(|error| failed(path, &error))
+    }
+}
 
 impl Drop for Unfinished {
     fn drop(&mut self) {
-        if let Some(path) = self.0.take() {
-            let _ = std::fs::remove_file(path);
+        if !self.finished {
+            let _ = std::fs::remove_file(&self.partial);
         }
     }
 }
@@ -77,27 +113,15 @@ impl Drop for Unfinished {
 /// # Errors
 /// When something cannot be read or written, or at Ctrl-C: then there is no new file.
 pub(super) async fn to_file(open: &OpenExport, path: &Path) -> Result<u64> {
-    let name = path
-        .file_name()
-        .ok_or_else(|| Failure::invalid(format!("{} is no name for a file", path.display())))?;
-    let mut partial = name.to_owned();
-    partial.push(".part");
-    let partial = path.with_file_name(partial);
-    let mut unfinished = Unfinished(Some(partial.clone()));
-    let work = copy(open, &partial);
+    let unfinished = Unfinished::of(path)?;
+    let work = copy(open, unfinished.partial());
     let bytes = tokio::select! {
         bytes = work => bytes?,
         _ = tokio::signal::ctrl_c() => {
             return Err(Failure::refused("interrupted; nothing was written"));
         }
     };
-    rustix::fs::rename(&partial, path)
-        .map_err(|error| failed(path, &std::io::Error::from(error)))?;
-    unfinished.0 = None;
-    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
-    File::open(parent.unwrap_or_else(|| Path::new(".")))
-        .and_then(|dir| dir.sync_all())
-        .map_err(|error| failed(path, &error))?;
+    unfinished.finish(path)?;
     Ok(bytes)
 }
 

@@ -112,25 +112,15 @@ pub(super) fn export(group: &GroupDir, args: &ExportArgs, json: bool) -> Result<
 
 /// Writes to a file that appears when it is whole.
 fn to_file(work: Work<'_>, path: &Path) -> Result<Done> {
-    let name = path
-        .file_name()
-        .ok_or_else(|| Failure::invalid(format!("{} is no name for a file", path.display())))?;
-    let mut partial = name.to_owned();
-    partial.push(".part");
-    let partial = path.with_file_name(partial);
-    let mut unfinished = Unfinished(Some(partial.clone()));
-    let file = File::create(&partial).map_err(|error| failed(&partial, &error))?;
+    let unfinished = Unfinished::of(path)?;
+    let partial = unfinished.partial();
+    let file = File::create(partial).map_err(|error| failed(partial, &error))?;
     let bytes = work.sectors.saturating_mul(SECTOR);
-    file.set_len(bytes).map_err(|error| failed(&partial, &error))?;
-    let mut image = Image { file, path: &partial };
+    file.set_len(bytes).map_err(|error| failed(partial, &error))?;
+    let mut image = Image { file, path: partial };
     let done = work.run(&mut image)?;
-    image.file.sync_all().map_err(|error| failed(&partial, &error))?;
-    rustix::fs::rename(&partial, path).map_err(|error| failed(path, &error.into()))?;
-    unfinished.0 = None;
-    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
-    File::open(parent.unwrap_or_else(|| Path::new(".")))
-        .and_then(|dir| dir.sync_all())
-        .map_err(|error| failed(path, &error))?;
+    image.file.sync_all().map_err(|error| failed(partial, &error))?;
+    unfinished.finish(path)?;
     Ok(done)
 }
 
