@@ -56,6 +56,15 @@ impl Date {
     }
 }
 
+/// A time of day of a date, of no zone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Civil {
+    /// The day.
+    pub date: Date,
+    /// Microseconds since midnight.
+    pub of_day_us: i64,
+}
+
 /// Days of a month; none of one that there is not.
 #[must_use]
 pub const fn days_in(year: i32, month: u8) -> u8 {

@@ -18,6 +18,7 @@
 extern crate alloc;
 
 pub mod bytes;
+pub mod calendar;
 pub mod civil;
 pub mod course;
 pub mod epoch;
