@@ -10,7 +10,7 @@ set -euo pipefail
 declare -A PURPOSES=(
     [server]="mmdebstrap mtools dosfstools e2fsprogs fdisk grub-common grub-pc-bin \
 grub-efi-amd64-bin python3 uidmap"
-    [qemu]="qemu-system-x86 qemu-utils ovmf seabios mtools fdisk binutils procps"
+    [qemu]="qemu-system-x86 qemu-system-common qemu-utils ovmf seabios mtools fdisk binutils procps"
     [nbd]="libnbd-bin python3-libnbd nbdkit fio"
     [power]="qemu-system-x86 busybox-static cpio binutils e2fsprogs util-linux"
     [build]="gcc libc6-dev make"
@@ -21,7 +21,7 @@ grub-efi-amd64-bin python3 uidmap"
 
 # These come from one source package and must be of one version: a qemu-utils from backports beside
 # a qemu-system-x86 from the release cannot be installed.
-ONE_VERSION=(qemu-system-x86 qemu-utils)
+ONE_VERSION=(qemu-system-x86 qemu-system-common qemu-utils)
 
 usage() {
     echo "usage: $0 PURPOSE...   (purposes: ${!PURPOSES[*]})" >&2

@@ -281,7 +281,7 @@ impl NbdNode {
     }
 }
 
-fn path_text(path: &Path) -> Result<&str, QmpError> {
+pub(super) fn path_text(path: &Path) -> Result<&str, QmpError> {
     path.to_str().ok_or_else(|| QmpError::Unexpected {
         command: "blockdev-add".to_owned(),
         reason: format!("path {} is not text", path.display()),

@@ -6,12 +6,14 @@
 //! the events kept for a slow listener.
 //!
 //! [`block`] has the commands and answers for disks and jobs in typed form, [`mirror`] those for
-//! protecting a disk, [`event`] the events. This module refuses to know what a command means.
+//! protecting a disk, [`fleece`] those for reading one as it was, [`event`] the events. This module
+//! refuses to know what a command means.
 //!
 //! Source: QEMU Machine Protocol Specification (`docs/interop/qmp-spec`), QEMU 7.2.
 
 pub mod block;
 pub mod event;
+pub mod fleece;
 pub mod mirror;
 
 use std::collections::HashMap;
