@@ -7,7 +7,7 @@
 //! * [`tls`] is certificates, for both.
 //!
 //! Spoken are fixed newstyle, structured replies, TLS by certificates over TCP and `base:allocation`;
-//! not spoken are oldstyle and the experimental extensions (extended headers, resize). The source for
+//! the client understands `qemu:dirty-bitmap` too; not spoken are oldstyle and the experimental extensions (extended headers, resize). The source for
 //! all of it is `doc/proto.md` of the NetworkBlockDevice/nbd repository.
 //!
 //! This crate knows nothing of replication, of files or of devices.

@@ -36,6 +36,9 @@ use slots::{Answer, Buffer, Progress, Slot, Slots};
 /// Reads from this length on are put together in page-aligned buffers that are used again.
 const POOLED_BYTES: u32 = 64 << 10;
 
+/// The flag of `qemu:dirty-bitmap` (QEMU's `docs/interop/nbd.txt`).
+const DIRTY: u32 = 1;
+
 /// How to connect, and the bounds of a connection.
 #[derive(Debug, Clone)]
 pub struct ConnectOptions {
@@ -405,6 +408,27 @@ impl Client {
         Ok(extents.into_iter().map(StatusExtent::from).collect())
     }
 
+    /// Which parts of a range a dirty bitmap of QEMU's marks, by the context of that name (see
+    /// [`dirty_bitmap`]): lengths in bytes, and whether they are marked. The list may end before the
+    /// range, or after it.
+    ///
+    /// # Errors
+    /// [`ClientError::NotOffered`] if that context was not agreed.
+    pub async fn dirty(
+        &self,
+        context: &str,
+        offset: u64,
+        length: u32,
+    ) -> Result<Vec<(u64, bool)>, ClientError> {
+        let Some(index) = self.contexts().iter().position(|known| known.name == context) else {
+            return Err(ClientError::NotOffered("tell what a dirty bitmap marks"));
+        };
+        let mut told = self.block_status(offset, length, false).await?;
+        let extents = if index < told.len() { told.swap_remove(index) } else { Vec::new() };
+        let marked = |extent: RawExtent| (u64::from(extent.length), extent.flags & DIRTY != 0);
+        Ok(extents.into_iter().map(marked).collect())
+    }
+
     /// Waits until nothing is in flight and says goodbye. Later calls fail.
     ///
     /// # Errors
@@ -484,6 +508,12 @@ impl Call {
     fn new(operation: &'static str, command: u16, flags: u16, offset: u64, length: u32) -> Self {
         Self { operation, command, flags, offset, length, occupies: 0, payload: None }
     }
+}
+
+/// The name of the context by which QEMU tells what its dirty bitmap of this name marks.
+#[must_use]
+pub fn dirty_bitmap(bitmap: &str) -> String {
+    format!("qemu:dirty-bitmap:{bitmap}")
 }
 
 fn offered(is: bool, what: &'static str) -> Result<(), ClientError> {

@@ -3,7 +3,9 @@
 use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
-use srn_nbd::client::{Client, ClientError, ConnectOptions, Uri, ZeroOptions, list_exports};
+use srn_nbd::client::{
+    Client, ClientError, ConnectOptions, Uri, ZeroOptions, dirty_bitmap, list_exports,
+};
 use srn_nbd::proto::constants::BASE_ALLOCATION;
 use srn_nbd::proto::{ClientHandshakeError, ErrorCode};
 use tempfile::TempDir;
@@ -336,6 +338,11 @@ async fn a_dirty_bitmap_of_qemu() {
         }
     }
     assert_eq!(dirty, [(MIB, 128 << 10), (9 * MIB, 64 << 10)]);
+    assert_eq!(bitmap, dirty_bitmap("b0"));
+    let told = client.dirty(bitmap, 0, 2 << 20).await.unwrap();
+    assert_eq!(told[..2], [(MIB, false), (128 << 10, true)]);
+    let missing = client.dirty(&dirty_bitmap("b1"), 0, 4096).await;
+    assert!(matches!(missing, Err(ClientError::NotOffered(_))), "{missing:?}");
     let allocation = client.allocation(MIB, 128 << 10).await.unwrap();
     assert!(!allocation[0].zero);
     assert_eq!(client.read(9 * MIB, 65_536).await.unwrap(), vec![6; 65_536]);
