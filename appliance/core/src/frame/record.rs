@@ -108,6 +108,8 @@ pub enum ResyncReason {
     MirrorRestarted,
     /// The mirror lost its connection and found it again; it knows what was written between.
     MirrorReconnected,
+    /// What a pass over a pulled disk has read so far is here, and the rest is not.
+    Pass,
 }
 
 const WRITE: u8 = 1;
@@ -185,6 +187,7 @@ impl ResyncReason {
             Self::Seeding => 1,
             Self::MirrorRestarted => 2,
             Self::MirrorReconnected => 3,
+            Self::Pass => 4,
         }
     }
 
@@ -195,6 +198,7 @@ impl ResyncReason {
             1 => Some(Self::Seeding),
             2 => Some(Self::MirrorRestarted),
             3 => Some(Self::MirrorReconnected),
+            4 => Some(Self::Pass),
             _ => None,
         }
     }
@@ -206,6 +210,7 @@ impl ResyncReason {
             Self::Seeding => "initial replication",
             Self::MirrorRestarted => "the mirror ended and was started again",
             Self::MirrorReconnected => "the mirror lost its connection for a while",
+            Self::Pass => "a pass over a pulled disk",
         }
     }
 }

@@ -174,6 +174,7 @@ fn records() -> Vec<(Record<'static>, &'static str)> {
         (resync(ResyncReason::Seeding), "09000800 02010000 01000000"),
         (resync(ResyncReason::MirrorRestarted), "09000800 02010000 02000000"),
         (resync(ResyncReason::MirrorReconnected), "09000800 02010000 03000000"),
+        (resync(ResyncReason::Pass), "09000800 02010000 04000000"),
         (Record::ResyncEnd { disk }, "0a000400 02010000"),
         (Record::ClockStep { step_us: -2 }, "0b000800 feffffffffffffff"),
     ]
