@@ -48,7 +48,7 @@ pub use view::{Lease, SpanKind, View};
 
 use std::collections::{BTreeMap, VecDeque};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicUsize};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use srn_core::epoch::{EpochTable, Position};
@@ -175,6 +175,8 @@ pub struct Group {
     publishing: Mutex<Publishing>,
     /// A read has found damage since this was last asked.
     pub(crate) damage_seen: AtomicBool,
+    /// The log is short of room: merging need not pay to be done.
+    pub(crate) frees_log: AtomicBool,
     /// Held while a maintenance step runs.
     pub(crate) maintaining: Mutex<()>,
     /// The merging of pieces into layers; of its own, because it takes long.
@@ -473,13 +475,21 @@ impl Group {
     /// segments.
     #[must_use]
     pub fn unacked_bytes(&self) -> u64 {
+        self.log_bytes_behind(self.acked())
+    }
+
+    /// Bytes of the log behind a frame, in whole segments.
+    #[must_use]
+    pub fn log_bytes_behind(&self, seq: Seq) -> u64 {
         let state = self.lock();
         let main = state.manifest.main;
         let Some(timeline) = state.manifest.timelines.get(&main) else { return 0 };
-        let acked = state.acked;
-        let sealed = timeline.pieces.iter().filter(|piece| piece.last.seq > acked).count() as u64;
+        // What was merged to a layer is in the log no longer.
+        let is_log = |piece: &PieceMeta| state.manifest.segments.contains_key(&piece.ordinal);
+        let behind = timeline.pieces.iter().filter(|piece| piece.last.seq > seq && is_log(piece));
+        let sealed = behind.count() as u64;
         let open = state.lines.get(&main).map_or(0, |line| {
-            line.unsealed.iter().filter(|open| open.last.seq > acked && !open.is_empty()).count()
+            line.unsealed.iter().filter(|open| open.last.seq > seq && !open.is_empty()).count()
         }) as u64;
         (sealed + open) * self.options.segment_bytes
     }
@@ -489,6 +499,12 @@ impl Group {
     pub fn oldest(&self) -> Seq {
         let state = self.lock();
         state.oldest(state.manifest.main)
+    }
+
+    /// The log is short of room, or no longer: what may be merged is merged then although that gives
+    /// back nothing but log segments.
+    pub fn set_frees_log(&self, frees: bool) {
+        self.frees_log.store(frees, Ordering::Relaxed);
     }
 
     /// The position from which on every one can be recovered; before it only checkpoints can that

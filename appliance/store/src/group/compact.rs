@@ -17,6 +17,7 @@
 //! The work is done in small steps between other maintenance, and begun anew after a restart.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
 
 use srn_core::bytes::content_sum;
@@ -65,6 +66,8 @@ pub(crate) struct Compacting {
     job: Option<Box<Job>>,
     /// Windows that would give back too little: first and last piece, and points inside.
     poor: BTreeSet<(u32, u32, Vec<Seq>)>,
+    /// The same that find no room for what they would become, until they are looked at again.
+    cramped: BTreeSet<(u32, u32, Vec<Seq>)>,
     /// Pieces in which something is damaged, left as they are.
     damaged: BTreeSet<u32>,
 }
@@ -243,8 +246,12 @@ impl Group {
             to.forget_gone(&state.manifest);
             self.windows(&state, retention, &to.damaged)
         };
-        let Some(window) = windows.into_iter().find(|window| !to.poor.contains(&window.key()))
+        // The log needs its segments back, whatever that costs elsewhere.
+        let frees = self.frees_log.load(Ordering::Relaxed);
+        let passed = if frees { &to.cramped } else { &to.poor };
+        let Some(window) = windows.into_iter().find(|window| !passed.contains(&window.key()))
         else {
+            to.cramped.clear();
             return Ok(Worked::Nothing);
         };
         let planned = self.plan(&window).and_then(|plans| {
@@ -259,8 +266,10 @@ impl Group {
             }
         };
         let worth = window.bytes.saturating_sub(bytes) * 4 >= window.bytes;
-        if !worth || self.room_for_layers()? < bytes {
+        let fits = bytes <= self.room_for_layers()?;
+        if !(worth || frees) || !fits {
             to.poor.insert(window.key());
+            to.cramped.insert(window.key());
             return Ok(Worked::Something);
         }
         to.job = Some(Box::new(Job {
@@ -575,6 +584,7 @@ impl Compacting {
             }
             StoreError::Full(_) | StoreError::NotInHistory(_) => {
                 self.poor.insert(window.key());
+                self.cramped.insert(window.key());
                 Ok(())
             }
             error => Err(error),

@@ -48,14 +48,11 @@ impl Group {
         if seq > head.seq {
             return Ok(None);
         }
-        if let Some(fork) = self
-            .epochs()
-            .list()
-            .iter()
-            .find(|epoch| epoch.forked_from.seq == seq)
-            .map(|epoch| epoch.forked_from.hash)
-        {
-            return Ok(Some(fork));
+        if seq == Seq::ZERO {
+            return Ok(Some(FrameHash::ORIGIN));
+        }
+        if let Some(known) = self.lock().landmark(seq) {
+            return Ok(Some(known));
         }
         // The next frame names it.
         let mut cursor = self.cursor(seq.next());
@@ -64,6 +61,18 @@ impl Group {
             Err(StoreError::NotInHistory(_)) => Ok(None),
             Err(error) => Err(error),
         }
+    }
+}
+
+impl State {
+    /// The hash of a frame at which an epoch of the main line forked, a piece of it ends, or the base
+    /// stands: these are known though the log no longer holds the frame.
+    fn landmark(&self, seq: Seq) -> Option<FrameHash> {
+        let line = self.manifest.timelines.get(&self.manifest.main)?;
+        let forks = line.epochs.list().iter().map(|epoch| epoch.forked_from);
+        let ends = line.pieces.iter().map(|piece| piece.last);
+        let base = self.manifest.base.as_ref().map(|base| base.catalog.at);
+        forks.chain(ends).chain(base).find(|at| at.seq == seq).map(|at| at.hash)
     }
 }
 

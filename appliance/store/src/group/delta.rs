@@ -34,8 +34,10 @@ pub enum Changed {
 pub struct Delta {
     group: Arc<Group>,
     /// Holds everything that is read.
-    sources: Sources,
+    sources: Arc<Sources>,
     merge: Merge<Source>,
+    /// Nothing before this place is told.
+    begin: (DiskNo, u64),
     to: LeapTo,
 }
 
@@ -59,7 +61,13 @@ impl Group {
             return Err(StoreError::Corrupt(format!("the catalog behind frame {}", last.seq)));
         }
         let merge = merge_of(&sources)?;
-        Ok(Delta { group: self.clone(), sources, merge, to: LeapTo { epochs, catalog } })
+        Ok(Delta {
+            group: self.clone(),
+            sources: Arc::new(sources),
+            merge,
+            begin: (DiskNo(0), 0),
+            to: LeapTo { epochs, catalog },
+        })
     }
 }
 
@@ -96,6 +104,20 @@ impl Delta {
         &self.to
     }
 
+    /// A reader of the same, from a place on: what begins before it was told before.
+    ///
+    /// # Errors
+    /// When an index file cannot be read.
+    pub fn again_from(&self, disk: DiskNo, sector: u64) -> Result<Self> {
+        Ok(Self {
+            group: self.group.clone(),
+            sources: self.sources.clone(),
+            merge: merge_of(&self.sources)?,
+            begin: (disk, sector),
+            to: self.to.clone(),
+        })
+    }
+
     /// Bytes of content that are to be read in all.
     ///
     /// # Errors
@@ -115,7 +137,13 @@ impl Delta {
     /// [`StoreError::Corrupt`] when content is damaged; as the volume says.
     #[expect(clippy::should_implement_trait, reason = "an error may be followed by more")]
     pub fn next(&mut self) -> Result<Option<(DiskNo, Extent, Changed)>> {
-        let Some((disk, extent, place)) = self.merge.next().transpose()? else { return Ok(None) };
+        let (disk, extent, place) = loop {
+            match self.merge.next().transpose()? {
+                None => return Ok(None),
+                Some((disk, extent, _)) if (disk, extent.start) < self.begin => {}
+                Some(item) => break item,
+            }
+        };
         let changed = match place {
             Place::Zero { trim } => Changed::Zero { trim },
             Place::Block { segment, .. } => {

@@ -53,8 +53,9 @@ pub struct Leap {
 }
 
 impl Group {
-    /// Begins a leap of the main line to a later position. The line's appender must have been dropped.
-    /// Content that comes is stored with `effort`.
+    /// Begins a leap of the main line to a later position. The line's appender must have closed its
+    /// segment, and append nothing until the leap has ended, or it is for nothing; before
+    /// [`Leap::finish`] it must have been dropped. Content that comes is stored with `effort`.
     ///
     /// # Errors
     /// [`StoreError::Invalid`] for a cache or a primary, and for a position that is not behind ours;
@@ -94,6 +95,30 @@ impl Leap {
     #[must_use]
     pub const fn from(&self) -> Position {
         self.from
+    }
+
+    /// The group where it leads.
+    #[must_use]
+    pub const fn catalog(&self) -> &Catalog {
+        &self.to.catalog
+    }
+
+    /// Where it leads.
+    #[must_use]
+    pub const fn to(&self) -> Position {
+        self.to.catalog.at
+    }
+
+    /// Everything before this place has been taken in.
+    #[must_use]
+    pub const fn next(&self) -> (DiskNo, u64) {
+        self.next
+    }
+
+    /// What may still be taken in, in bytes as stored.
+    #[must_use]
+    pub const fn room(&self) -> u64 {
+        self.room
     }
 
     /// Takes in zeros; everything comes in order of disk and sector.

@@ -122,6 +122,7 @@ impl Group {
             free,
             publishing: Mutex::default(),
             damage_seen: false.into(),
+            frees_log: false.into(),
             maintaining: Mutex::new(()),
             compacting: Mutex::default(),
             state: Mutex::new(state),
