@@ -5,7 +5,9 @@
 //!   of history that was offered and that continues ours;
 //! * a frame is acknowledged only after the store said that it is durable;
 //! * credit granted is never more than the window beyond what is durable, so that what waits in
-//!   memory is bounded.
+//!   memory is bounded;
+//! * what changed, taken in without the frames between, leads to a later position of the offered
+//!   line, and is acknowledged as that position only, once all of it is durable.
 //!
 //! It refuses to know what is in a frame or where it is kept.
 
@@ -84,6 +86,8 @@ struct Incoming {
     /// The newest frame taken in.
     last: Position,
     begun: bool,
+    /// What changed comes, up to this position, and not frames.
+    leads_to: Option<Position>,
     received: u64,
     settled: u64,
     credit: u64,
@@ -112,7 +116,7 @@ impl Receiver {
     /// Whether its frames have begun to come: until then the primary may not agree.
     #[must_use]
     pub fn has_begun(&self) -> bool {
-        self.stream.as_ref().is_some_and(|stream| stream.begun)
+        self.stream.as_ref().is_some_and(|stream| stream.begun && stream.leads_to.is_none())
     }
 
     /// Judges an offer; `window` is the most that may be on its way or waiting in memory, in
@@ -132,7 +136,7 @@ impl Receiver {
             }
             _ => return Answer::Refuse(RefuseCode::Diverged),
         }
-        if self.durable.seq.next() < offer.oldest {
+        if self.durable.seq.next() < offer.oldest && !offer.has_copy {
             return Answer::Refuse(RefuseCode::TooFarBehind);
         }
         self.stream = Some(Incoming {
@@ -140,6 +144,7 @@ impl Receiver {
             offered: offer.epochs.clone(),
             last: self.durable,
             begun: false,
+            leads_to: None,
             received: 0,
             settled: 0,
             credit: window,
@@ -171,6 +176,61 @@ impl Receiver {
         }
     }
 
+    /// The stream of what changed begins, which leads to `to`.
+    ///
+    /// # Errors
+    /// [`PeerFault::UnexpectedStream`] unless it is the one that was accepted, for the first time;
+    /// [`PeerFault::OtherEpoch`] when it does not lead forward on the offered line.
+    pub fn on_changes(&mut self, nonce: u64, to: Position) -> Result<(), PeerFault> {
+        match &mut self.stream {
+            Some(stream) if stream.nonce == nonce && !stream.begun => {
+                if to.epoch != stream.offered.current() || to.seq <= stream.last.seq {
+                    return Err(PeerFault::OtherEpoch(to.seq));
+                }
+                stream.begun = true;
+                stream.leads_to = Some(to);
+                Ok(())
+            }
+            _ => Err(PeerFault::UnexpectedStream),
+        }
+    }
+
+    /// Something that changed came in, as so many bytes: may it be taken?
+    ///
+    /// # Errors
+    /// [`PeerFault`]; then nothing of it may be used.
+    pub fn on_change(&mut self, bytes: u64) -> Result<(), PeerFault> {
+        let stream = self.stream.as_mut().filter(|stream| stream.leads_to.is_some());
+        let stream = stream.ok_or(PeerFault::UnexpectedStream)?;
+        if stream.received >= stream.credit {
+            return Err(PeerFault::OverCredit);
+        }
+        stream.received = stream.received.saturating_add(bytes);
+        Ok(())
+    }
+
+    /// It is in memory no longer. What to grant, if anything.
+    pub fn on_taken(&mut self, bytes: u64) -> Option<u64> {
+        let stream = self.stream.as_mut().filter(|stream| stream.leads_to.is_some())?;
+        stream.settle(bytes)
+    }
+
+    /// All that changed is durable: this node is at the position to which it led. What to
+    /// acknowledge; nothing when nobody waits for it any more.
+    pub fn on_leapt(&mut self) -> Option<Seq> {
+        let stream = self.stream.take()?;
+        let to = stream.leads_to?;
+        self.durable = to;
+        self.epochs = stream.offered;
+        Some(to.seq)
+    }
+
+    /// The line of epochs that was offered, while its stream is agreed on.
+    #[must_use]
+    pub fn offered(&self) -> Option<&EpochTable> {
+        self.stream.as_ref().map(|stream| &stream.offered)
+    }
+
     /// A frame of `bytes` bytes came in, whose content was verified: may it be appended?
     ///
     /// # Errors
@@ -181,7 +241,8 @@ impl Receiver {
         hash: FrameHash,
         bytes: u64,
     ) -> Result<(), PeerFault> {
-        let Some(stream) = self.stream.as_mut().filter(|stream| stream.begun) else {
+        let is_of_frames = |stream: &&mut Incoming| stream.begun && stream.leads_to.is_none();
+        let Some(stream) = self.stream.as_mut().filter(is_of_frames) else {
             return Err(PeerFault::UnexpectedStream);
         };
         if header.group != self.group {
@@ -233,15 +294,22 @@ impl Receiver {
         }
         self.durable = position;
         let Some(stream) = &mut self.stream else { return Durable::default() };
-        stream.settled = stream.settled.saturating_add(bytes).min(stream.received);
-        let credit = stream.settled.saturating_add(stream.window);
-        // Small steps are not worth a message each.
-        let credit = (credit >= stream.credit.saturating_add(stream.window / 8)).then(|| {
-            stream.credit = credit;
-            credit
-        });
+        let credit = stream.settle(bytes);
         let acked = if mutants::is(Mutant::AckedBeforeDurable) { &stream.last } else { &position };
         Durable { ack: Some(acked.seq), credit }
+    }
+}
+
+impl Incoming {
+    /// So many bytes less wait here. What to grant, if that is worth saying.
+    fn settle(&mut self, bytes: u64) -> Option<u64> {
+        self.settled = self.settled.saturating_add(bytes).min(self.received);
+        let credit = self.settled.saturating_add(self.window);
+        // Small steps are not worth a message each.
+        (credit >= self.credit.saturating_add(self.window / 8)).then(|| {
+            self.credit = credit;
+            credit
+        })
     }
 }
 
@@ -285,6 +353,7 @@ mod tests {
             epochs,
             head,
             oldest: Seq(oldest),
+            has_copy: false,
             disks: Vec::new(),
         }
     }
@@ -367,6 +436,30 @@ mod tests {
         receiver.on_link_down();
         assert_eq!(receiver.on_durable(at(1, 12), 60), Durable::default(), "nobody to tell");
         assert_eq!(receiver.durable(), at(1, 12));
+    }
+
+    #[test]
+    fn what_changed_leads_forward_and_is_acknowledged_as_a_whole() {
+        let mut behind = Receiver::new(GROUP, line(), at(1, 10));
+        let far = |has_copy| Offer { has_copy, ..offer(line(), at(1, 30), 20) };
+        assert_eq!(behind.on_offer(&far(false), 100), Answer::Refuse(RefuseCode::TooFarBehind));
+        assert!(matches!(behind.on_offer(&far(true), 100), Answer::Accept { .. }));
+        assert_eq!(behind.on_changes(8, at(1, 25)), Err(PeerFault::UnexpectedStream));
+        assert_eq!(behind.on_changes(7, at(2, 25)), Err(PeerFault::OtherEpoch(Seq(25))));
+        assert_eq!(behind.on_changes(7, at(1, 10)), Err(PeerFault::OtherEpoch(Seq(10))));
+        assert_eq!(behind.on_change(1), Err(PeerFault::UnexpectedStream));
+        behind.on_changes(7, at(1, 25)).unwrap();
+        assert_eq!(behind.on_stream(7, Seq(11)), Err(PeerFault::UnexpectedStream));
+        let frame = behind.on_frame(&header(1, 11), hash(11), 1);
+        assert_eq!(frame, Err(PeerFault::UnexpectedStream), "never both");
+        behind.on_change(100).unwrap();
+        assert_eq!(behind.on_change(1), Err(PeerFault::OverCredit));
+        assert_eq!(behind.on_taken(50), Some(150));
+        behind.on_change(1).unwrap();
+        assert_eq!(behind.durable(), at(1, 10), "not before it is whole");
+        assert_eq!(behind.on_leapt(), Some(Seq(25)));
+        assert_eq!((behind.durable(), behind.is_streaming()), (at(1, 25), false));
+        assert_eq!(behind.on_leapt(), None);
     }
 
     #[test]

@@ -4,6 +4,9 @@
 //! * only frames that are durable at the primary are sent;
 //! * frames are sent in order, without holes, from just behind the position which the secondary
 //!   reported, and only if that position lies on our line of history *by hash*;
+//! * what changed is sent instead of frames only where the log does not hold these any more, or a
+//!   person asks for it; it leads to a position of ours, and what the secondary holds before it had
+//!   better lie on our line by hash: where that cannot be told its content is compared;
 //! * nothing counts as acknowledged that was not sent or reported in this epoch's line;
 //! * never more bytes are sent than the secondary granted, but for the one frame that crosses the
 //!   limit.
@@ -13,7 +16,7 @@
 use crate::epoch::{EpochTable, Position, Relation};
 use crate::ids::{FrameHash, Seq};
 use crate::mutants::{self, Mutant};
-use crate::wire::RefuseCode;
+use crate::wire::{Accept, RefuseCode};
 
 /// Where the conversation about the group stands.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -27,6 +30,8 @@ pub enum Phase {
     },
     /// Frames flow.
     Streaming(Stream),
+    /// What changed flows.
+    Carrying(Carry),
     /// The peer refuses, or its history does not fit ours; nothing flows in this session.
     Stopped(Stop),
 }
@@ -42,6 +47,34 @@ pub struct Stream {
     pub sent_bytes: u64,
     /// Bytes granted for this stream.
     pub credit: u64,
+}
+
+/// What changed is being sent, in place of frames.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Carry {
+    /// The offer's nonce, which the stream's header repeats.
+    pub nonce: u64,
+    /// Where the secondary is.
+    pub from: Position,
+    /// That this lies on our line is proven by its hash. Else its content has to be compared.
+    pub is_proven: bool,
+    /// Where it leads, once that is decided.
+    pub to: Option<Seq>,
+    /// Bytes sent in this stream.
+    pub sent_bytes: u64,
+    /// Bytes granted for this stream.
+    pub credit: u64,
+}
+
+/// What the sender has to be told of its own log when it judges an answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Here {
+    /// Our own hash of the frame at which the peer is, `None` when we no longer know it.
+    pub hash: Option<FrameHash>,
+    /// The oldest frame that we can still send.
+    pub oldest: Seq,
+    /// Whether we hold a copy of the disks.
+    pub has_copy: bool,
 }
 
 /// Why nothing flows although the peer is connected.
@@ -141,47 +174,56 @@ impl Sender {
         self.phase = Phase::Offline;
     }
 
-    /// The peer accepts and is at `theirs`. `hash_here` is our own hash of that frame, `None` when
-    /// we no longer know it; `oldest` is the oldest frame we can still send.
+    /// The peer accepts.
     ///
     /// # Errors
     /// [`PeerFault`] when no such offer is open.
-    pub fn on_accept(
-        &mut self,
-        nonce: u64,
-        theirs: &Position,
-        credit: u64,
-        hash_here: Option<FrameHash>,
-        oldest: Seq,
-    ) -> Result<(), PeerFault> {
-        if self.phase != (Phase::Offered { nonce }) {
+    pub fn on_accept(&mut self, accept: &Accept, here: Here) -> Result<(), PeerFault> {
+        let Accept { nonce, position: theirs, credit, .. } = accept;
+        if self.phase != (Phase::Offered { nonce: *nonce }) {
             return Err(PeerFault::UnexpectedAccept);
         }
-        self.phase = match self.judge(theirs, hash_here, oldest) {
-            Some(stop) => Phase::Stopped(stop),
-            None => {
+        self.phase = match self.judge(accept, here) {
+            Ok(()) => {
                 // Also where that is less than it had acknowledged: what it holds now is what counts.
                 self.acked = theirs.seq;
                 let next = theirs.seq.next();
-                Phase::Streaming(Stream { nonce, next, sent_bytes: 0, credit })
+                Phase::Streaming(Stream { nonce: *nonce, next, sent_bytes: 0, credit: *credit })
             }
+            Err(Cannot::Frames { is_proven }) => {
+                self.acked = theirs.seq;
+                Phase::Carrying(Carry {
+                    nonce: *nonce,
+                    from: *theirs,
+                    is_proven,
+                    to: None,
+                    sent_bytes: 0,
+                    credit: *credit,
+                })
+            }
+            Err(Cannot::Anything(stop)) => Phase::Stopped(stop),
         };
         Ok(())
     }
 
-    fn judge(&self, theirs: &Position, hash_here: Option<FrameHash>, oldest: Seq) -> Option<Stop> {
+    fn judge(&self, accept: &Accept, here: Here) -> Result<(), Cannot> {
+        let theirs = &accept.position;
+        let stop = |stop| Err(Cannot::Anything(stop));
         match self.epochs.relation(theirs, self.durable) {
-            Relation::UnknownEpoch => Some(Stop::NotOurHistory),
+            Relation::UnknownEpoch => stop(Stop::NotOurHistory),
             Relation::PastFork(_) if theirs.epoch == self.epochs.current() => {
-                Some(Stop::PeerIsAhead { theirs: theirs.seq, ours: self.durable })
+                stop(Stop::PeerIsAhead { theirs: theirs.seq, ours: self.durable })
             }
-            Relation::PastFork(_) => Some(Stop::NotOurHistory),
-            Relation::Ancestor => match hash_here {
+            Relation::PastFork(_) => stop(Stop::NotOurHistory),
+            Relation::Ancestor => match here.hash {
                 Some(hash) if hash != theirs.hash && !mutants::is(Mutant::PeerHashUnchecked) => {
-                    Some(Stop::HashDiffers(theirs.seq))
+                    stop(Stop::HashDiffers(theirs.seq))
                 }
-                Some(_) if theirs.seq.next() >= oldest => None,
-                _ => Some(Stop::TooFarBehind { theirs: theirs.seq, oldest }),
+                Some(_) if theirs.seq.next() >= here.oldest && !accept.compare => Ok(()),
+                known if here.has_copy => {
+                    Err(Cannot::Frames { is_proven: known.is_some() && !accept.compare })
+                }
+                _ => stop(Stop::TooFarBehind { theirs: theirs.seq, oldest: here.oldest }),
             },
         }
     }
@@ -221,14 +263,45 @@ impl Sender {
         }
     }
 
+    /// What changed up to our frame `to` is sent from now on.
+    pub fn on_carry(&mut self, to: Seq) {
+        if let Phase::Carrying(carry) = &mut self.phase {
+            carry.to = Some(to);
+        }
+    }
+
+    /// Whether more of what changed may be sent.
+    #[must_use]
+    pub fn may_carry(&self) -> bool {
+        matches!(&self.phase, Phase::Carrying(carry) if carry.sent_bytes < carry.credit)
+    }
+
+    /// So many bytes more of what changed were handed to the stream.
+    pub fn on_carried(&mut self, bytes: u64) {
+        if let Phase::Carrying(carry) = &mut self.phase {
+            carry.sent_bytes = carry.sent_bytes.saturating_add(bytes);
+        }
+    }
+
     /// The peer holds every frame up to `seq` durably. Returns whether that is news.
+    ///
+    /// Behind what changed that is the frame to which it led: then the group is to be offered again.
     ///
     /// # Errors
     /// [`PeerFault::AckOfUnsent`].
     pub fn on_ack(&mut self, seq: Seq) -> Result<bool, PeerFault> {
-        let Phase::Streaming(stream) = &self.phase else {
+        let stream = match &self.phase {
+            Phase::Streaming(stream) => stream,
+            Phase::Carrying(carry) if carry.to == Some(seq) => {
+                self.acked = seq;
+                self.phase = Phase::Offline;
+                return Ok(true);
+            }
+            Phase::Carrying(carry) if seq > carry.from.seq => {
+                return Err(PeerFault::AckOfUnsent { acked: seq, next: carry.from.seq.next() });
+            }
             // An acknowledgement that crossed our own end of the stream.
-            return Ok(false);
+            _ => return Ok(false),
         };
         if seq >= stream.next {
             return Err(PeerFault::AckOfUnsent { acked: seq, next: stream.next });
@@ -243,20 +316,29 @@ impl Sender {
     /// # Errors
     /// [`PeerFault::CreditShrank`].
     pub fn on_credit(&mut self, limit: u64) -> Result<(), PeerFault> {
-        if let Phase::Streaming(stream) = &mut self.phase {
-            if limit < stream.credit {
-                return Err(PeerFault::CreditShrank);
-            }
-            stream.credit = limit;
+        let credit = match &mut self.phase {
+            Phase::Streaming(stream) => &mut stream.credit,
+            Phase::Carrying(carry) => &mut carry.credit,
+            _ => return Ok(()),
+        };
+        if limit < *credit {
+            return Err(PeerFault::CreditShrank);
         }
+        *credit = limit;
         Ok(())
     }
+}
+
+/// Why the peer cannot simply be sent frames.
+enum Cannot {
+    Frames { is_proven: bool },
+    Anything(Stop),
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ids::EpochId;
+    use crate::ids::{EpochId, GroupId};
 
     fn epoch(n: u8) -> EpochId {
         EpochId([n; 16])
@@ -274,10 +356,17 @@ mod tests {
         sender.on_link_up(7);
         sender
     }
+    fn answer(nonce: u64, position: Position) -> Accept {
+        let group = GroupId([0; 16]);
+        Accept { group, nonce, position, credit: 100, compare: false, under: None }
+    }
+    fn here(known: Option<u64>) -> Here {
+        Here { hash: known.map(hash), oldest: Seq(5), has_copy: false }
+    }
     fn accept(theirs: Position) -> Phase {
         let mut sender = offered();
-        let known = (theirs.seq.0 >= 4).then(|| hash(theirs.seq.0));
-        sender.on_accept(7, &theirs, 100, known, Seq(5)).unwrap();
+        let known = (theirs.seq.0 >= 4).then_some(theirs.seq.0);
+        sender.on_accept(&answer(7, theirs), here(known)).unwrap();
         sender.phase().clone()
     }
 
@@ -306,7 +395,7 @@ mod tests {
     #[test]
     fn sends_what_is_durable_and_granted_in_order() {
         let mut sender = offered();
-        sender.on_accept(7, &at(2, 18), 100, Some(hash(18)), Seq(5)).unwrap();
+        sender.on_accept(&answer(7, at(2, 18)), here(Some(18))).unwrap();
         assert_eq!(sender.next_to_send(), Some(Seq(19)));
         sender.on_sent(Seq(19), 60);
         assert_eq!(sender.next_to_send(), Some(Seq(20)));
@@ -324,7 +413,7 @@ mod tests {
     #[test]
     fn acknowledges_only_what_was_sent_and_never_goes_back() {
         let mut sender = offered();
-        sender.on_accept(7, &at(2, 18), 100, Some(hash(18)), Seq(5)).unwrap();
+        sender.on_accept(&answer(7, at(2, 18)), here(Some(18))).unwrap();
         assert_eq!(sender.acked(), Seq(18));
         sender.on_sent(Seq(19), 1);
         assert_eq!(
@@ -340,12 +429,47 @@ mod tests {
     }
 
     #[test]
+    fn what_the_log_no_longer_holds_is_carried_where_there_is_a_copy() {
+        let copy = |known| Here { has_copy: true, ..here(known) };
+        let carried = |accept: &Accept, here| {
+            let mut sender = offered();
+            sender.on_accept(accept, here).unwrap();
+            sender
+        };
+        let is_proven = |sender: &Sender| match sender.phase() {
+            Phase::Carrying(carry) => Some(carry.is_proven),
+            _ => None,
+        };
+        // The hash of its frame decides whether what changed since is enough.
+        assert_eq!(is_proven(&carried(&answer(7, at(1, 3)), copy(Some(3)))), Some(true));
+        assert_eq!(is_proven(&carried(&answer(7, at(1, 3)), copy(None))), Some(false));
+        let stopped = carried(&answer(7, at(1, 3)), copy(Some(9)));
+        assert_eq!(*stopped.phase(), Phase::Stopped(Stop::HashDiffers(Seq(3))));
+        // Who asks for it gets everything compared, though the log would do.
+        let asks = Accept { compare: true, ..answer(7, at(2, 18)) };
+        assert_eq!(is_proven(&carried(&asks, copy(Some(18)))), Some(false));
+
+        let mut sender = carried(&answer(7, at(1, 3)), copy(Some(3)));
+        assert_eq!(sender.next_to_send(), None, "no frames meanwhile");
+        let fault = PeerFault::AckOfUnsent { acked: Seq(20), next: Seq(4) };
+        assert_eq!(sender.on_ack(Seq(20)), Err(fault));
+        sender.on_carry(Seq(19));
+        sender.on_carried(100);
+        assert!(!sender.may_carry(), "credit is used up");
+        sender.on_credit(101).unwrap();
+        assert!(sender.may_carry());
+        assert_eq!(sender.on_ack(Seq(3)), Ok(false));
+        assert_eq!(sender.on_ack(Seq(19)), Ok(true));
+        assert_eq!((sender.acked(), sender.phase()), (Seq(19), &Phase::Offline));
+    }
+
+    #[test]
     fn answers_to_other_offers_are_faults() {
         let mut sender = offered();
-        let fault = sender.on_accept(8, &at(2, 18), 100, None, Seq(5));
+        let fault = sender.on_accept(&answer(8, at(2, 18)), here(None));
         assert_eq!(fault, Err(PeerFault::UnexpectedAccept));
         sender.on_link_down();
-        let fault = sender.on_accept(7, &at(2, 18), 100, None, Seq(5));
+        let fault = sender.on_accept(&answer(7, at(2, 18)), here(None));
         assert_eq!(fault, Err(PeerFault::UnexpectedAccept));
     }
 

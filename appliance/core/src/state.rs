@@ -8,8 +8,8 @@
 //!       +------- paused ------------+        any --> fenced, diverged, failed
 //! ```
 //!
-//! `tracking` is part of the vocabulary that peers and people see; a node of this version does not
-//! enter it: its log either throttles the server or stops the mirror at the cap.
+//! `tracking`: the log no longer holds all that the peer lacks, but what changed is known. From there
+//! it takes a resync to stream again.
 
 use core::fmt;
 
@@ -27,7 +27,7 @@ pub enum State {
     Seeding,
     /// The content is sent anew; points from before stay recoverable.
     Resync,
-    /// The log is full; a bitmap remembers what changed.
+    /// The log no longer holds all that the peer lacks; what changed is remembered.
     Tracking,
     /// The peer has gone on without this node; nothing is appended here.
     Fenced,
@@ -83,6 +83,14 @@ pub enum Cause {
     NoPrimary,
     /// The peer needs frames that are no longer in the log.
     TooFarBehind,
+    /// The peer needs more than the log holds: what changed is sent instead.
+    BeyondLog,
+    /// The peer has nothing: everything is sent.
+    FullCopy,
+    /// What the peer has cannot be told from its history: contents are compared.
+    Comparing,
+    /// The log gave up frames that the peer has not got; it gets what changed instead.
+    LogGaveWay,
     /// The state volume failed.
     DiskFailed,
     /// The log is damaged below what was durable.
@@ -128,17 +136,12 @@ impl State {
         match (self, to) {
             // Trouble comes from anywhere.
             (_, Fenced | Diverged | Failed) => true,
-            // Nothing leads out of a fence but a handover that the peer did not take up: then the
-            // group goes back to where it was.
-            (Fenced, Tracking) => false,
-            // Bits must be sent before order can be trusted again.
-            (Tracking, Streaming | Seeding) => false,
-            (Tracking, _) => true,
             // A disk with points never goes back to having none.
-            (Streaming | Disconnected | Resync, Seeding) => false,
-            (Seeding, Tracking) => false,
+            (Streaming | Disconnected | Resync | Tracking, Seeding) => false,
+            // Also from tracking to streaming: after a restart the peer may hold more than is known.
             (
-                Streaming | Disconnected | Paused | Seeding | Resync | Fenced | Diverged | Failed,
+                Streaming | Disconnected | Paused | Seeding | Resync | Tracking | Fenced | Diverged
+                | Failed,
                 Streaming | Disconnected | Paused | Seeding | Resync | Tracking,
             ) => true,
         }
@@ -177,6 +180,12 @@ impl Cause {
             Self::TwoPrimaries => "both nodes are primary, and neither history continues the other",
             Self::NoPrimary => "both nodes are secondary, nobody is primary",
             Self::TooFarBehind => "the peer needs frames that are no longer in the log here",
+            Self::BeyondLog => "the log does not reach back to the peer: what changed is sent",
+            Self::FullCopy => "the peer has nothing: a full copy is sent",
+            Self::Comparing => "the contents of the two nodes are compared, what differs is sent",
+            Self::LogGaveWay => {
+                "the log could not hold all that the peer lacks: it gets what changed instead"
+            }
             Self::DiskFailed => "the state volume failed",
             Self::Corrupt => "the log is damaged",
         }
@@ -213,6 +222,10 @@ pub enum Link {
     Streaming,
     /// Whatever the link does, there is no room for more frames here.
     NoRoom,
+    /// The peer lacks more than the log holds, and gets nothing now.
+    Tracking,
+    /// Content flows in place of frames.
+    Resync(Cause),
     /// Frames would flow, but the peer cannot store them.
     Hindered,
     /// The peer refuses without naming a history.
@@ -263,6 +276,8 @@ pub const fn decide(facts: &Facts) -> (State, Cause) {
         (Content::Clean, Link::Down) => (State::Disconnected, Cause::LinkDown),
         (Content::Clean, Link::Negotiating) => (State::Disconnected, Cause::Negotiating),
         (Content::Clean, Link::NoRoom) => (State::Disconnected, Cause::NoRoom),
+        (Content::Clean, Link::Tracking) => (State::Tracking, Cause::LogGaveWay),
+        (Content::Clean, Link::Resync(cause)) => (State::Resync, cause),
         (Content::Clean, Link::Hindered) => (State::Disconnected, Cause::PeerHindered),
         (Content::Clean, Link::Refused) => (State::Disconnected, Cause::PeerRefuses),
         // Returned above.
@@ -284,6 +299,8 @@ mod tests {
                 Link::Negotiating,
                 Link::Streaming,
                 Link::NoRoom,
+                Link::Tracking,
+                Link::Resync(Cause::BeyondLog),
                 Link::Hindered,
                 Link::Refused,
                 Link::FailedOver,
@@ -330,11 +347,7 @@ mod tests {
 
     #[test]
     fn what_must_not_happen_is_illegal() {
-        for (from, to) in [
-            (State::Streaming, State::Seeding),
-            (State::Tracking, State::Streaming),
-            (State::Fenced, State::Tracking),
-        ] {
+        for (from, to) in [(State::Streaming, State::Seeding), (State::Tracking, State::Seeding)] {
             assert!(!from.may_become(to), "{from} -> {to}");
         }
     }

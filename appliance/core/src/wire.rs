@@ -3,22 +3,29 @@
 //!
 //! There are two kinds of streams in a session. The *control* stream carries [`Message`]s in both
 //! directions. A *frame* stream carries one group's frames, from primary to secondary: first
-//! [`StreamHeader`], then each frame as its envelope, head, encoding table and stored content.
+//! [`StreamHeader`], then each frame as its envelope, head, encoding table and stored content. A
+//! stream of *changes* carries what changed instead: first [`ChangesHeader`] and a catalog, then each
+//! [`Item`].
 
+mod changes;
 mod integrity;
 mod message;
 mod stream;
 #[cfg(test)]
 mod tests;
 
+pub use changes::{
+    CATALOG_MAX, ChangesHeader, Item, ItemHead, LEAF_PAGES, LEAVES_MAX, LeafPages, Place, Wanted,
+    Way,
+};
 pub use integrity::{
     CONTENT_HASH_LEN, CONTENT_SECTORS_MAX, CannotCode, Grain, HASHES_MAX, HashRange, HashRun,
     Integrity, Words,
 };
 pub use message::{
-    Accept, CheckpointNote, Hello, Message, Offer, OfferedDisk, Progress, Refuse, RefuseCode,
+    Accept, CheckpointNote, Hello, Message, Offer, OfferedDisk, Progress, Refuse, RefuseCode, Under,
 };
-pub use stream::{StreamHeader, WireFrame};
+pub use stream::{StreamHeader, WireFrame, carries_changes};
 
 use alloc::string::String;
 use alloc::vec::Vec;

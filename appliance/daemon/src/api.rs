@@ -7,6 +7,7 @@ mod exports;
 mod integrity;
 mod nbd_certs;
 mod points;
+mod resync;
 mod retention;
 mod reversal;
 mod routes;
@@ -26,6 +27,7 @@ pub use exports::{ExportRequest, OpenExport};
 pub use integrity::{Said, ScrubRequest, VerifyRequest};
 pub use nbd_certs::{CertificateRequest, Revoked};
 pub use points::{CheckpointRequest, HistoryQuery, NewCheckpoint, NoteRequest};
+pub use resync::ResyncRequest;
 pub use retention::RetentionChange;
 pub use routes::{AddDisk, GroupChange, PairRequest, StopRequest, TokenRequest};
 

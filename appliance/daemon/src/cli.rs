@@ -13,6 +13,7 @@ mod integrity;
 mod nbd_cert;
 mod points;
 mod render;
+mod resync;
 mod retention;
 mod reversal;
 

@@ -30,6 +30,8 @@ pub struct PeerRecord {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum FullPolicy {
+    /// Frames that the peer has not got are given up: it gets what changed instead. Nothing waits.
+    Track,
     /// Writes wait until there is room.
     Throttle,
     /// Protection ends and the server goes on.
@@ -175,10 +177,31 @@ pub struct GroupRecord {
     /// Seconds between scrubs; 0 for none.
     #[serde(default = "scrub_every_default")]
     pub scrub_every_s: u64,
+    /// A person asks for the replica to be compared with the primary's copy.
+    #[serde(default)]
+    pub resync: Option<ResyncRecord>,
     /// When the last scrub ended, in microseconds since 1970; before the first: when the group came
     /// to this node.
     #[serde(default)]
     pub scrubbed_at: Option<i64>,
+}
+
+/// A comparison that was asked for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ResyncRecord {
+    /// When, in microseconds since 1970.
+    pub since: i64,
+    /// What is there already.
+    pub seeds: Vec<SeedRecord>,
+}
+
+/// What holds much of a disk's content already.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SeedRecord {
+    /// The disk's name; none where the group has only one.
+    pub disk: Option<String>,
+    /// A file's path, or an NBD URI.
+    pub from: String,
 }
 
 /// Seconds between scrubs unless said otherwise: 30 days.

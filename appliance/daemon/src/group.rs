@@ -17,6 +17,7 @@ mod maintainer;
 mod mirrored;
 mod outgoing;
 mod pump;
+mod resync;
 mod retention;
 mod room;
 mod session;
@@ -32,6 +33,7 @@ pub use equal::Held;
 pub use export::{DiskExport, ReadOnlyExport, Slot, Slots};
 pub use following::Reversal;
 pub use handover::Kept;
+pub use resync::ResyncStatus;
 pub use retention::{PointFate, PolicyChange, RetentionStatus};
 pub use status::{CheckpointStatus, DiskStatus, GroupStatus, LinkStatus, LogStatus, UpkeepStatus};
 pub use synchronous::SyncStatus;
@@ -98,6 +100,8 @@ pub struct Group {
     mirror_connections: tokio::sync::Mutex<std::collections::BTreeMap<DiskNo, u64>>,
     /// Whether what each disk's mirror sends is to be compared with what is held.
     comparing: mirrored::Comparing,
+    /// Bringing a secondary up to date without frames.
+    resync: resync::Resync,
 }
 
 /// This node's side of replicating the group.
@@ -312,6 +316,7 @@ impl Group {
             integrity,
             mirror_connections: tokio::sync::Mutex::default(),
             comparing: mirrored::Comparing::default(),
+            resync: resync::Resync::default(),
         });
         // Set once, here.
         let _ = slot.set(Arc::downgrade(&this));
@@ -684,6 +689,7 @@ impl Group {
         self.offer_again().await;
         self.tell_progress();
         self.look_after_integrity();
+        self.tidy_resync();
         self.review();
     }
 
@@ -701,6 +707,7 @@ impl Group {
     pub fn shut_down(&self) {
         self.end_stream();
         *self.side() = Side::Apart;
+        self.forget_resync();
         let _ = self.engine().stop("the node is stopping");
         self.maintainer.stop();
     }

@@ -9,6 +9,7 @@
 //! which state. It hands typed messages and streams to its caller, who drives the machines of
 //! `srn-core` with them.
 
+mod changes;
 pub mod congestion;
 pub mod diagnose;
 pub mod dial;
@@ -20,6 +21,7 @@ pub mod session;
 mod shaping;
 mod tls;
 
+pub use changes::{Changes, ChangesReader};
 pub use endpoint::{Accepted, Endpoint, EndpointConfig};
 pub use error::LinkError;
 pub use identity::Identity;

@@ -1,4 +1,4 @@
-//! A session with a paired node: the control stream and the frame streams.
+//! A session with a paired node: the control stream, the frame streams and those of changes.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -8,9 +8,12 @@ use std::time::Duration;
 use bytes::Bytes;
 use srn_core::frame::envelope;
 use srn_core::ids::NodeId;
-use srn_core::wire::{Hello, Message, PREFIX_LEN, StreamHeader, WireFrame};
+use srn_core::wire::{
+    ChangesHeader, Hello, Message, PREFIX_LEN, StreamHeader, WireFrame, carries_changes,
+};
 use tokio::sync::mpsc;
 
+use crate::changes::{Changes, ChangesReader};
 use crate::congestion::RateController;
 use crate::endpoint::{
     CLOSE_DONE, CLOSE_MISBEHAVED, CLOSE_REPLACED, CLOSE_VERSION, Connection, HANDSHAKE,
@@ -63,6 +66,8 @@ pub enum SessionEvent {
     Message(Message),
     /// The peer begins to send a group's frames.
     Frames(StreamHeader, FrameReader),
+    /// The peer begins to send what changed in a group.
+    Changes(Changes),
     /// The session is over; nothing follows.
     Closed(LinkError),
 }
@@ -215,10 +220,28 @@ impl Session {
     /// # Errors
     /// [`LinkError::Unreachable`].
     pub async fn open_frames(&self, header: &StreamHeader) -> Result<FrameWriter, LinkError> {
+        self.open_stream(&header.encode()).await
+    }
+
+    /// Begins to send what changed in a group, with the catalog behind it.
+    ///
+    /// # Errors
+    /// [`LinkError::Unreachable`].
+    pub async fn open_changes(
+        &self,
+        header: &ChangesHeader,
+        catalog: &[u8],
+    ) -> Result<FrameWriter, LinkError> {
+        let mut bytes = header.encode();
+        bytes.extend_from_slice(catalog);
+        self.open_stream(&bytes).await
+    }
+
+    async fn open_stream(&self, header: &[u8]) -> Result<FrameWriter, LinkError> {
         let addr = self.remote_address();
         let quic = &self.inner.connection.quic;
         let mut send = quic.open_uni().await.map_err(|error| refine(addr, &error))?;
-        send.write_all(&header.encode()).await.map_err(|error| LinkError::gone(&addr, &error))?;
+        send.write_all(header).await.map_err(|error| LinkError::gone(&addr, &error))?;
         let _ = send.set_priority(LIVE_PRIORITY);
         let lane = self.inner.shaper.lane();
         Ok(FrameWriter { send, quic: quic.clone(), lane, addr, finished: false })
@@ -273,11 +296,11 @@ impl Session {
         };
         let streams = async {
             loop {
-                match self.accept_frames().await {
+                match self.accept_stream().await {
                     // Given up before it had begun.
                     Ok(None) => {}
-                    Ok(Some((header, reader))) => {
-                        if events.send(SessionEvent::Frames(header, reader)).await.is_err() {
+                    Ok(Some(event)) => {
+                        if events.send(event).await.is_err() {
                             return LinkError::gone(&addr, &"the session was dropped");
                         }
                     }
@@ -294,7 +317,7 @@ impl Session {
         let _ = events.send(SessionEvent::Closed(error)).await;
     }
 
-    async fn accept_frames(&self) -> Result<Option<(StreamHeader, FrameReader)>, LinkError> {
+    async fn accept_stream(&self) -> Result<Option<SessionEvent>, LinkError> {
         let addr = self.remote_address();
         let quic = &self.inner.connection.quic;
         let mut receive = quic.accept_uni().await.map_err(|error| refine(addr, &error))?;
@@ -308,8 +331,28 @@ impl Session {
             Ok(Err(error)) => return Err(LinkError::gone(&addr, &error)),
             Err(_) => return Err(LinkError::Misbehaved("a stream without a header".into())),
         }
-        let header = StreamHeader::decode(&bytes)?;
-        Ok(Some((header, FrameReader { receive, addr })))
+        if !carries_changes(&bytes) {
+            let header = StreamHeader::decode(&bytes)?;
+            return Ok(Some(SessionEvent::Frames(header, FrameReader { receive, addr })));
+        }
+        let mut reader = ChangesReader { receive, addr };
+        let rest = tokio::time::timeout(HANDSHAKE, async {
+            let mut all = [0; ChangesHeader::LEN];
+            let (front, back) = all.split_at_mut(StreamHeader::LEN);
+            front.copy_from_slice(&bytes);
+            reader.read(back).await?;
+            let header = ChangesHeader::decode(&all)?;
+            let mut catalog = vec![0; header.catalog_len as usize];
+            reader.read(&mut catalog).await?;
+            Ok::<_, LinkError>((header, catalog))
+        });
+        let (header, catalog) = match rest.await {
+            Ok(Ok(rest)) => rest,
+            Ok(Err(error @ LinkError::Misbehaved(_))) => return Err(error),
+            Ok(Err(_)) => return Ok(None),
+            Err(_) => return Err(LinkError::Misbehaved("a stream without a header".into())),
+        };
+        Ok(Some(SessionEvent::Changes(Changes { header, catalog, reader })))
     }
 }
 
@@ -369,7 +412,7 @@ async fn read_message(
     Ok(Some(Message::decode(&body)?))
 }
 
-/// Sends a group's frames, in order.
+/// Sends a group's frames, or what changed in it, in order.
 #[derive(Debug)]
 pub struct FrameWriter {
     send: quinn::SendStream,

@@ -8,12 +8,12 @@ use std::path::Path;
 use std::sync::Arc;
 
 use common::{History, Write, contents, shared};
-use srn_core::epoch::EpochTable;
+use srn_core::epoch::{EpochTable, Position};
 use srn_core::ids::{EpochId, GroupId, Seq};
 use srn_core::receiver::{Answer, Receiver};
-use srn_core::sender::{Phase, Sender};
+use srn_core::sender::{Here, Phase, Sender};
 use srn_core::time::{Mono, Now, WallTime};
-use srn_core::wire::Offer;
+use srn_core::wire::{Accept, Offer};
 use srn_store::StoreError;
 use srn_store::group::{Appender, Change, Group, NewGroup, Opened, Options, Retention, Worked};
 use srn_store::manifest::{Keep, Role};
@@ -204,6 +204,7 @@ fn neon_10677_two_sessions_and_one_cursor() {
             epochs: epochs.clone(),
             head,
             oldest: Seq(1),
+            has_copy: false,
             disks: Vec::new(),
         };
         match receiver.on_offer(&offer, 1 << 20) {
@@ -213,9 +214,11 @@ fn neon_10677_two_sessions_and_one_cursor() {
     };
     let (old, credit) = session(&mut sender, 7);
     let (new, _) = session(&mut sender, 8);
-    let accept = |sender: &mut Sender, nonce, position| {
+    let accept = |sender: &mut Sender, nonce, position: &Position| {
         let hash = store.group.hash_at(Seq(0)).expect("it reads");
-        sender.on_accept(nonce, position, credit, hash, Seq(1))
+        let position = *position;
+        let accept = Accept { group, nonce, position, credit, compare: false, under: None };
+        sender.on_accept(&accept, Here { hash, oldest: Seq(1), has_copy: false })
     };
     accept(&mut sender, 7, &old).expect_err("the answer belongs to another session");
     assert_eq!(sender.next_to_send(), None, "nothing is sent while nothing is agreed");

@@ -340,7 +340,7 @@ fn range(reader: &mut Reader<'_>) -> Result<HashRange, WireError> {
     if fits { Ok(range) } else { Err(WireError::OutOfRange("range of hashes")) }
 }
 
-fn put_runs(out: &mut Vec<u8>, runs: &[HashRun]) {
+pub(super) fn put_runs(out: &mut Vec<u8>, runs: &[HashRun]) {
     out.put_u32(u32::try_from(runs.len()).unwrap_or(u32::MAX));
     for run in runs {
         let (kind, count) = match run {
@@ -356,7 +356,7 @@ fn put_runs(out: &mut Vec<u8>, runs: &[HashRun]) {
     }
 }
 
-fn runs(reader: &mut Reader<'_>) -> Result<Vec<HashRun>, WireError> {
+pub(super) fn runs(reader: &mut Reader<'_>) -> Result<Vec<HashRun>, WireError> {
     let count = reader.u32()?;
     let mut runs = Vec::new();
     let mut grains = 0u64;

@@ -3,7 +3,7 @@
 use alloc::string::String;
 use alloc::vec::Vec;
 
-use super::{Integrity, VERSION, WireError, put_text, text};
+use super::{Integrity, Place, VERSION, Wanted, WireError, put_text, text};
 use crate::bytes::{Reader, Writer};
 use crate::epoch::{Epoch, EpochTable, Position};
 use crate::ids::{CheckpointId, DiskId, DiskNo, EpochId, FrameHash, GroupId, Seq};
@@ -71,6 +71,8 @@ pub enum Message {
     },
     /// Primary to secondary: what there is to say of a checkpoint that is not in the log.
     Note(CheckpointNote),
+    /// Secondary to primary: what it lacks of leaves whose hashes it was told.
+    Wanted(Wanted),
     /// Either node: a question about content that both hold, an answer, or a word about it.
     Integrity(Integrity),
     /// The node removes this pairing, or goes down on purpose; the reason in words.
@@ -124,6 +126,9 @@ pub struct Offer {
     pub head: Position,
     /// The oldest frame that can still be sent.
     pub oldest: Seq,
+    /// Whether the primary has a copy of the disks: then it can also send what changed, without the
+    /// frames.
+    pub has_copy: bool,
     /// The disks, for display until the log has been read.
     pub disks: Vec<OfferedDisk>,
 }
@@ -150,8 +155,21 @@ pub struct Accept {
     pub nonce: u64,
     /// The last frame that is durable here; frames behind it are wanted.
     pub position: Position,
-    /// Bytes of frames that may be sent at first.
+    /// Bytes of frames, or of changes, that may be sent at first.
     pub credit: u64,
+    /// Contents are to be compared, whatever the log holds: a person asks for it.
+    pub compare: bool,
+    /// What it has been taking in without frames, if that can go on.
+    pub under: Option<Under>,
+}
+
+/// Taking in what changed was interrupted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Under {
+    /// The position that it leads to.
+    pub to: Position,
+    /// Everything before this place has been taken in.
+    pub next: Place,
 }
 
 /// Why a group is not replicated. The codes are part of the wire format.
@@ -252,6 +270,7 @@ const DRAINED: u8 = 10;
 const MARK_REQUEST: u8 = 11;
 const GOODBYE: u8 = 12;
 const NOTE: u8 = 13;
+const WANTED: u8 = 14;
 
 impl Message {
     /// The group it is about; none for messages about the session.
@@ -271,6 +290,7 @@ impl Message {
             | Self::Drained { group, .. }
             | Self::MarkRequest { group, .. } => Some(*group),
             Self::Note(note) => Some(note.group),
+            Self::Wanted(wanted) => Some(wanted.group),
         }
     }
 
@@ -306,6 +326,7 @@ impl Message {
                 put_epochs(out, &offer.epochs);
                 put_position(out, &offer.head);
                 out.put_u64(offer.oldest.0);
+                out.put_u8(u8::from(offer.has_copy));
                 out.put_u16(u16::try_from(offer.disks.len()).unwrap_or(u16::MAX));
                 for disk in &offer.disks {
                     out.put_u32(disk.no.0);
@@ -320,6 +341,13 @@ impl Message {
                 out.put_u64(accept.nonce);
                 put_position(out, &accept.position);
                 out.put_u64(accept.credit);
+                out.put_u8(u8::from(accept.compare));
+                out.put_u8(u8::from(accept.under.is_some()));
+                if let Some(under) = &accept.under {
+                    put_position(out, &under.to);
+                    out.put_u32(under.next.disk.0);
+                    out.put_u64(under.next.sector);
+                }
                 ACCEPT
             }
             Self::Refuse(refuse) => {
@@ -379,6 +407,10 @@ impl Message {
                 put_text(out, &note.label);
                 NOTE
             }
+            Self::Wanted(wanted) => {
+                wanted.encode(out);
+                WANTED
+            }
             Self::Integrity(integrity) => integrity.encode(out),
             Self::Goodbye { unpaired, text } => {
                 out.put_u8(u8::from(*unpaired));
@@ -436,6 +468,7 @@ fn decode_body(kind: u8, reader: &mut Reader<'_>) -> Result<Message, WireError> 
             epochs: epochs(reader)?,
             head: position(reader)?,
             oldest: Seq(reader.u64()?),
+            has_copy: flag(reader)?,
             disks: disks(reader)?,
         }),
         ACCEPT => Message::Accept(Accept {
@@ -443,6 +476,8 @@ fn decode_body(kind: u8, reader: &mut Reader<'_>) -> Result<Message, WireError> 
             nonce: reader.u64()?,
             position: position(reader)?,
             credit: reader.u64()?,
+            compare: flag(reader)?,
+            under: if flag(reader)? { Some(under(reader)?) } else { None },
         }),
         REFUSE => {
             let group = GroupId(reader.array()?);
@@ -480,6 +515,7 @@ fn decode_body(kind: u8, reader: &mut Reader<'_>) -> Result<Message, WireError> 
             unquiet: flag(reader)?,
             label: text(reader)?,
         }),
+        WANTED => Message::Wanted(Wanted::decode(reader)?),
         GOODBYE => Message::Goodbye { unpaired: flag(reader)?, text: text(reader)? },
         other if Integrity::is_kind(other) => Message::Integrity(Integrity::decode(other, reader)?),
         other => return Err(WireError::UnknownType(other)),
@@ -498,6 +534,12 @@ pub(super) fn position(reader: &mut Reader<'_>) -> Result<Position, WireError> {
         seq: Seq(reader.u64()?),
         hash: FrameHash(reader.array()?),
     })
+}
+
+fn under(reader: &mut Reader<'_>) -> Result<Under, WireError> {
+    let to = position(reader)?;
+    let next = Place { disk: DiskNo(reader.u32()?), sector: reader.u64()? };
+    Ok(Under { to, next })
 }
 
 fn put_epochs(out: &mut Vec<u8>, table: &EpochTable) {

@@ -8,6 +8,12 @@ use alloc::vec::Vec;
 
 const MAGIC: [u8; 4] = *b"SRNs";
 
+/// Whether a stream that begins so carries changes rather than frames.
+#[must_use]
+pub fn carries_changes(bytes: &[u8]) -> bool {
+    bytes.starts_with(&super::changes::MAGIC)
+}
+
 /// The first bytes of a frame stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct StreamHeader {

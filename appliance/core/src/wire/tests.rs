@@ -9,6 +9,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::epoch::{EpochTable, Position};
+use crate::extent::Extent;
 use crate::ids::{CheckpointId, DiskId, DiskNo, EpochId, FrameHash, GroupId, Seq};
 use crate::time::{LogTime, WallTime};
 
@@ -58,6 +59,7 @@ fn messages() -> Vec<(Message, String)> {
                 epochs: table(),
                 head: position(3),
                 oldest: Seq(1),
+                has_copy: true,
                 disks: vec![OfferedDisk {
                     no: DiskNo(4),
                     id: DiskId([0xbb; 16]),
@@ -66,15 +68,56 @@ fn messages() -> Vec<(Message, String)> {
                 }],
             }),
             format!(
-                "e1000000 02 {g} 0300 776562 0700000000000000 {epochs} {} 0100000000000000 0100 04000000 {} 0800000000000000 0100 64",
+                "e2000000 02 {g} 0300 776562 0700000000000000 {epochs} {} 0100000000000000 01 0100 04000000 {} 0800000000000000 0100 64",
                 p(3),
                 "bb".repeat(16)
             )
             .replace(' ', ""),
         ),
         (
-            Message::Accept(Accept { group, nonce: 7, position: position(3), credit: 9 }),
-            format!("49000000 03 {g} 0700000000000000 {} 0900000000000000", p(3)).replace(' ', ""),
+            Message::Accept(Accept {
+                group,
+                nonce: 7,
+                position: position(3),
+                credit: 9,
+                compare: false,
+                under: None,
+            }),
+            format!("4b000000 03 {g} 0700000000000000 {} 0900000000000000 00 00", p(3))
+                .replace(' ', ""),
+        ),
+        (
+            Message::Accept(Accept {
+                group,
+                nonce: 7,
+                position: position(3),
+                credit: 9,
+                compare: true,
+                under: Some(Under {
+                    to: position(6),
+                    next: Place { disk: DiskNo(2), sector: 0x80 },
+                }),
+            }),
+            format!(
+                "7f000000 03 {g} 0700000000000000 {} 0900000000000000 01 01 {} 02000000 8000000000000000",
+                p(3),
+                p(6)
+            )
+            .replace(' ', ""),
+        ),
+        (
+            Message::Wanted(Wanted {
+                group,
+                nonce: 7,
+                disk: DiskNo(2),
+                first: 0x400,
+                leaves: vec![(3, [[0x11; 16]; 16])],
+            }),
+            format!(
+                "290100000e {g} 0700000000000000 02000000 0004000000000000 0100 0300 {}",
+                "11".repeat(256)
+            )
+            .replace(' ', ""),
         ),
         (
             Message::Refuse(Refuse {
@@ -153,11 +196,7 @@ fn integrity_messages() -> Vec<(Message, String)> {
         ),
         (Words::Enough, format!("19000000 23 {g}")),
         (
-            Words::ContentWanted {
-                at: position(3),
-                disk: DiskNo(2),
-                extent: crate::extent::Extent::new(0x10, 8),
-            },
+            Words::ContentWanted { at: position(3), disk: DiskNo(2), extent: Extent::new(0x10, 8) },
             format!("51000000 25 {g} {p} 02000000 1000000000000000 08000000"),
         ),
         (
@@ -279,6 +318,102 @@ fn refusal_bytes_are_pinned() {
         assert_eq!(hex(&encoded), bytes.replace(' ', ""), "{code:?}");
         assert_eq!(Message::decode(&encoded[PREFIX_LEN..]), Ok(message));
     }
+}
+
+/// One of each item of a stream of changes, with its bytes.
+fn items() -> Vec<(Item, String)> {
+    let extent = Extent::new(0x10, 8);
+    let known = format!("{}{}", "11".repeat(16), "22".repeat(16));
+    let all = [
+        (
+            Item::Zero { disk: DiskNo(2), extent, trim: true },
+            "01000000 02000000 1000000000000000 09000000 0800000000000000 01".into(),
+        ),
+        (
+            Item::Content {
+                disk: DiskNo(2),
+                extent,
+                codec: crate::frame::envelope::Codec::Lz4,
+                sum: 5,
+                stored: vec![0xee; 3],
+            },
+            "02000000 02000000 1000000000000000 10000000 0500000000000000 0800 01 0000 eeeeee"
+                .into(),
+        ),
+        (
+            Item::Hashes {
+                disk: DiskNo(2),
+                first: 0x400,
+                runs: vec![HashRun::Zero(3), HashRun::Known(vec![[0x11; 16], [0x22; 16]])],
+            },
+            format!(
+                "03000000 02000000 0004000000000000 2e000000 02000000 00 03000000 01 02000000 {known}"
+            ),
+        ),
+        (
+            Item::Settled { disk: DiskNo(2), first: 0x400 },
+            "04000000 02000000 0004000000000000 00000000".into(),
+        ),
+        (Item::End, "05000000 00000000 0000000000000000 00000000".into()),
+    ];
+    all.into_iter().map(|(item, bytes): (Item, String)| (item, bytes.replace(' ', ""))).collect()
+}
+
+fn decode_item(bytes: &[u8]) -> Result<Item, WireError> {
+    let (head, body) = bytes.split_first_chunk().ok_or(WireError::OutOfRange("head"))?;
+    let head = ItemHead::decode(head)?;
+    let body = body.get(..head.body_len()).ok_or(WireError::OutOfRange("body"))?;
+    Item::decode(&head, body)
+}
+
+#[test]
+fn bytes_of_changes_are_pinned_and_round_trip() {
+    for (item, bytes) in items() {
+        let encoded = item.encode();
+        assert_eq!(hex(&encoded), bytes, "{item:?}");
+        for cut in 0..encoded.len() {
+            assert!(decode_item(&encoded[..cut]).is_err(), "{item:?} cut at {cut}");
+        }
+        assert_eq!(decode_item(&encoded), Ok(item));
+    }
+    let header = ChangesHeader {
+        group: GroupId([0xaa; 16]),
+        nonce: 7,
+        way: Way::Compared,
+        catalog_len: 0x30,
+        total: 0x1000,
+        begin: Place { disk: DiskNo(2), sector: 0x80 },
+    };
+    let bytes = format!(
+        "53524e63 0100 0000 {} 0700000000000000 02000000 30000000 0010000000000000 8000000000000000 02000000 00000000",
+        "aa".repeat(16)
+    );
+    let encoded = header.encode();
+    assert_eq!(hex(&encoded), bytes.replace(' ', ""));
+    assert!(carries_changes(&encoded));
+    assert_eq!(ChangesHeader::decode(&encoded.try_into().unwrap()), Ok(header));
+}
+
+#[test]
+fn lengths_of_changes_are_bounded() {
+    let head = |kind: u32, len: u32| {
+        let mut bytes = [0; ItemHead::LEN];
+        bytes[..4].copy_from_slice(&kind.to_le_bytes());
+        bytes[16..].copy_from_slice(&len.to_le_bytes());
+        ItemHead::decode(&bytes)
+    };
+    assert!(head(2, 13 + 32_768).is_ok());
+    for (kind, len) in [(2, 13 + 32_769), (2, 13), (1, 10), (3, u32::MAX), (5, 1)] {
+        assert!(matches!(head(kind, len), Err(WireError::OutOfRange(_))), "{kind} {len}");
+    }
+    assert_eq!(head(6, 0), Err(WireError::UnknownType(6)));
+    // More leaves than go together, in few bytes.
+    let runs = vec![HashRun::Zero(1025)];
+    let many = Item::Hashes { disk: DiskNo(0), first: 0, runs }.encode();
+    assert_eq!(decode_item(&many), Err(WireError::OutOfRange("number of hashes")));
+    let behind = Extent::new(crate::limits::DISK_SECTORS_MAX - 1, 2);
+    let zero = Item::Zero { disk: DiskNo(0), extent: behind, trim: false }.encode();
+    assert_eq!(decode_item(&zero), Err(WireError::OutOfRange("extent")));
 }
 
 #[test]

@@ -12,7 +12,7 @@ use srn_core::limits::{DISK_SECTORS_MAX, SECTOR};
 use srn_core::name::Name;
 use srn_core::token::Token;
 
-use super::{exports, integrity, nbd_certs, points, retention, reversal};
+use super::{exports, integrity, nbd_certs, points, resync, retention, reversal};
 use crate::config::Size;
 use crate::error::{Failure, Result};
 use crate::fleet::{
@@ -56,6 +56,7 @@ pub(super) fn router(node: Arc<Node>) -> Router {
         .route("/v1/groups/{group}/retention/preview", post(retention::preview))
         .route("/v1/groups/{group}/retention/resume", post(retention::resume))
         .route("/v1/groups/{group}/reversal", post(reversal::reverse))
+        .route("/v1/groups/{group}/resync", post(resync::ask).delete(resync::cancel))
         .route("/v1/groups/{group}/branches", get(reversal::branches))
         .route("/v1/groups/{group}/branches/{branch}", delete(reversal::delete_branch))
         .route("/v1/groups/{group}/recoveries", post(start_recovery))
@@ -196,7 +197,13 @@ async fn change_group(
     let keeps_replica = group.store().keep() == srn_store::manifest::Keep::Replica;
     if change.full_policy == Some(FullPolicy::Stop) && keeps_replica {
         return Err(Failure::invalid(format!(
-            "group {name} keeps a replica: a full log can only throttle"
+            "group {name} keeps a replica: a full log can track or throttle"
+        )));
+    }
+    if change.full_policy == Some(FullPolicy::Track) && !keeps_replica {
+        return Err(Failure::invalid(format!(
+            "group {name} keeps a local cache, which holds no copy from which what changed could be \
+             read again: a full log can stop or throttle"
         )));
     }
     if change.history_s.is_some() && !keeps_replica {

@@ -164,6 +164,9 @@ pub(super) enum Keep {
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
 pub(super) enum OnFull {
+    /// Nothing waits: the log gives way, and the peer gets what changed once it can; for replica
+    /// only, and its default.
+    Track,
     /// Writes wait until the peer has taken some.
     Throttle,
     /// Protection ends and the server goes on; for cache only.
@@ -200,7 +203,7 @@ pub(super) enum LinkPriority {
 
 #[derive(Debug, Args, Default)]
 pub(super) struct Settings {
-    /// A full log: throttle or stop.
+    /// A full log: track, throttle or stop.
     #[arg(long, value_name = "POLICY")]
     pub(super) on_full: Option<OnFull>,
     /// At start without the peer: serve or wait.
@@ -292,6 +295,19 @@ pub(super) enum GroupCommand {
         /// Do not ask.
         #[arg(long)]
         yes: bool,
+    },
+    /// Have the replica compared with the production node's copy, at the recovery node: only what
+    /// differs is sent, and every checkpoint stays.
+    Resync {
+        /// The group.
+        name: String,
+        /// What is there already, a backup or the old disk: what it holds of the disk is not sent.
+        /// Only the difference is. Once for each disk; nothing is written to it.
+        #[arg(long, value_name = "[DISK=]FILE|NBD-URI")]
+        seed_from: Vec<String>,
+        /// Not after all.
+        #[arg(long, conflicts_with = "seed_from")]
+        cancel: bool,
     },
     /// List branches: what failovers have left behind on this node.
     Branches {

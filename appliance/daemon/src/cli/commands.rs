@@ -10,7 +10,9 @@ use super::args::{
     MachineArgs, OnFull, OnIsolatedStart, PeerCommand, Settings, Sync, TokenCommand,
 };
 use super::client::{Client, segment};
-use super::{copy, integrity, nbd_cert, points, render, retention, reversal, say, say_error};
+use super::{
+    copy, integrity, nbd_cert, points, render, resync, retention, reversal, say, say_error,
+};
 use crate::api::{
     AddDisk, ExportRequest, GroupChange, OpenExport, PairRequest, StopRequest, TokenRequest,
 };
@@ -148,6 +150,7 @@ fn change(settings: &Settings) -> GroupChange {
         history_s: settings.history.map(|history| history.as_secs()),
         keep_branches_s: settings.keep_branches.map(|keep| keep.as_secs()),
         full_policy: settings.on_full.map(|policy| match policy {
+            OnFull::Track => FullPolicy::Track,
             OnFull::Throttle => FullPolicy::Throttle,
             OnFull::Stop => FullPolicy::Stop,
         }),
@@ -220,6 +223,9 @@ async fn group(client: &Client, out: &Out, command: GroupCommand) -> Result<()> 
         }
         GroupCommand::Reverse { name, give_way, yes } => {
             reversal::reverse(client, out, name, give_way, yes).await?;
+        }
+        GroupCommand::Resync { name, seed_from, cancel } => {
+            resync::resync(client, out, &name, &seed_from, cancel).await?;
         }
         GroupCommand::Branches { name } => reversal::branches(client, out, &name).await?,
         GroupCommand::Branch(command) => reversal::branch(client, out, command).await?,

@@ -130,6 +130,15 @@ fn group_line(group: &GroupStatus) -> String {
     if let Some(since) = &group.unsafe_since {
         text.push_str(&format!(" since {since}"));
     }
+    if let Some(resync) = &group.resync {
+        text.push_str(&format!(
+            "\n  resync ({}): {}",
+            resync.kind,
+            progress(resync.done, resync.total, resync.rate)
+        ));
+    } else if group.resync_asked {
+        text.push_str("\n  resync: asked for, begins when the production node offers the group");
+    }
     if let Some(work) = &group.work {
         text.push_str(&format!(
             "\n  {}: {}",

@@ -36,6 +36,7 @@ pub(super) struct Offered {
     session: Session,
     epochs: EpochTable,
     oldest: Seq,
+    has_copy: bool,
 }
 
 /// What turning the direction of a group means for this node.
@@ -62,8 +63,12 @@ pub struct Reversal {
 impl Group {
     /// The peer is primary too: keeps what it says, for whoever turns this node round.
     pub(super) fn remember_offer(&self, session: &Session, offer: &Offer) {
-        let (epochs, oldest) = (offer.epochs.clone(), offer.oldest);
-        self.facts().offered = Some(Offered { session: session.clone(), epochs, oldest });
+        self.facts().offered = Some(Offered {
+            session: session.clone(),
+            epochs: offer.epochs.clone(),
+            oldest: offer.oldest,
+            has_copy: offer.has_copy,
+        });
     }
 
     /// The last frame before this node's own reign.
@@ -93,7 +98,7 @@ impl Group {
         else {
             return Ok(());
         };
-        if at.seq.next() < offer.oldest {
+        if at.seq.next() < offer.oldest && !offer.has_copy {
             let text = format!(
                 "the histories parted behind frame {}, and the log of the production node begins \
                  at {}",
@@ -186,11 +191,11 @@ impl Group {
             }
         };
         let anew = format!(
-            "turning round would need a full comparison, which this version does not do; keep what \
-             you need of this node with srn export, and delete the group here: srn group delete \
-             {name}"
+            "this node cannot go back to where the histories parted; keep what you need of it with \
+             srn export, and delete the group here: srn group delete {name}; it is then replicated \
+             anew, with what is here already if you say so: srn group resync {name} --seed-from"
         );
-        if at.seq.next() < offered.oldest {
+        if at.seq.next() < offered.oldest && !offered.has_copy {
             return Err(Failure::refused(format!(
                 "group {name}: the peer's log begins at frame {}, and both nodes have the same up to \
                  frame {}: {anew}",

@@ -10,7 +10,7 @@ use srn_core::receiver::{Answer, PeerFault, Receiver};
 use srn_core::state::Cause;
 use srn_core::time::Mono;
 use srn_core::wire::{Accept, Message, Offer, Progress, RefuseCode, StreamHeader};
-use srn_link::{FrameReader, LinkError, Session};
+use srn_link::{Changes, FrameReader, LinkError, Session};
 use srn_store::codec::Codecs;
 use srn_store::frame::Frame;
 use srn_store::manifest::{Fence, Role};
@@ -18,6 +18,7 @@ use tokio::sync::Notify;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::engine::FrameStream;
+use super::resync::{Taker, catalog_of};
 use super::{Group, Side};
 use crate::clock;
 use crate::fleet::Level;
@@ -152,7 +153,14 @@ impl Group {
                     self.name(),
                     position.seq.next()
                 );
-                Message::Accept(Accept { group: self.id, nonce: offer.nonce, position, credit })
+                Message::Accept(Accept {
+                    group: self.id,
+                    nonce: offer.nonce,
+                    position,
+                    credit,
+                    compare: self.compares(offer.has_copy),
+                    under: self.under(),
+                })
             }
             Answer::Refuse(code) => {
                 let text = refused.map(|(_, text)| text).unwrap_or_default();
@@ -165,6 +173,20 @@ impl Group {
             let _ = session.send(&Message::Hindrance { group: self.id, text }).await;
         }
         self.review();
+    }
+
+    /// Whether a person has asked for contents to be compared, and that can be.
+    fn compares(&self, has_copy: bool) -> bool {
+        if self.settings().resync.is_none() {
+            return false;
+        }
+        if !has_copy {
+            let text = "the production node keeps a local cache, which is no copy to compare the \
+                        replica with; it is replicated as before";
+            self.context.event(Level::Alert, Some(&self.name()), text);
+            self.resync_done();
+        }
+        has_copy
     }
 
     /// Why an offer cannot be accepted, in words.
@@ -268,6 +290,57 @@ impl Group {
         incoming.reader = Some(AbortOnDropHandle::new(task));
         drop(side);
         self.review();
+    }
+
+    /// The primary begins to send what changed, in place of frames.
+    pub fn on_changes(self: &Arc<Self>, session: &Session, changes: Changes) {
+        let catalog = match catalog_of(&changes.catalog) {
+            Ok(catalog) => catalog,
+            Err(why) => return session.misbehaved(&why),
+        };
+        let mut side = self.side();
+        let Side::Incoming(incoming) = &mut *side else { return };
+        if incoming.session.number() != session.number() {
+            return;
+        }
+        let mut receiver = lock(&incoming.receiver);
+        let epochs = receiver.offered().cloned();
+        let begun = receiver.on_changes(changes.header.nonce, catalog.at);
+        drop(receiver);
+        match (begun, epochs) {
+            (Ok(()), Some(epochs)) => {
+                let task = Taker {
+                    group: self.clone(),
+                    session: session.clone(),
+                    receiver: incoming.receiver.clone(),
+                    epochs,
+                    catalog,
+                };
+                let task = self.context.link().spawn(task.run(changes));
+                incoming.reader = Some(AbortOnDropHandle::new(task));
+                drop(side);
+                self.review();
+            }
+            (Err(fault @ PeerFault::OtherEpoch(_)), _) => {
+                drop(side);
+                session.misbehaved(&fault.to_string());
+            }
+            // A stream of an offer that was overtaken by a newer one is no fault.
+            (begun, _) => log::debug!("group {}: changes: {begun:?}", self.name()),
+        }
+    }
+
+    /// More of what changed may come.
+    pub(super) fn grant(&self, session: &Session, limit: u64) {
+        let side = self.side();
+        let Side::Incoming(incoming) = &*side else { return };
+        if incoming.session.number() != session.number() {
+            return;
+        }
+        let mut words = incoming.to_say.words.lock().unwrap_or_else(PoisonError::into_inner);
+        words.1 = Some(limit);
+        drop(words);
+        incoming.to_say.wake.notify_one();
     }
 
     /// Frames are durable here: say so, and grant more.

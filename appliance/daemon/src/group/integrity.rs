@@ -176,7 +176,7 @@ impl Group {
 }
 
 /// As an answer says it.
-fn to_runs(hashes: &[GrainHash]) -> Vec<HashRun> {
+pub(super) fn to_runs(hashes: &[GrainHash]) -> Vec<HashRun> {
     let kind = |hash: &GrainHash| std::mem::discriminant(hash);
     let count = |same: &[GrainHash]| u32::try_from(same.len()).unwrap_or(u32::MAX);
     hashes
@@ -197,7 +197,7 @@ fn to_runs(hashes: &[GrainHash]) -> Vec<HashRun> {
 }
 
 /// As an answer said it.
-fn from_runs(runs: &[HashRun]) -> Vec<GrainHash> {
+pub(super) fn from_runs(runs: &[HashRun]) -> Vec<GrainHash> {
     let mut hashes = Vec::new();
     for run in runs {
         match run {

@@ -7,17 +7,18 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use srn_core::epoch::EpochTable;
 use srn_core::ids::{FrameHash, Seq};
-use srn_core::sender::{PeerFault, Phase, Sender, Stop};
+use srn_core::sender::{Here, PeerFault, Phase, Sender, Stop};
 use srn_core::state::{Cause, Link};
 use srn_core::time::Mono;
-use srn_core::wire::{Accept, Message, Offer, OfferedDisk, Progress, Refuse, RefuseCode};
+use srn_core::wire::{Accept, Message, Offer, OfferedDisk, Progress, Refuse, RefuseCode, Wanted};
 use srn_link::Session;
-use srn_store::manifest::{Fence, Role};
-use tokio::sync::Notify;
+use srn_store::manifest::{Fence, Keep, Role};
+use tokio::sync::{Notify, mpsc};
 use tokio_util::task::AbortOnDropHandle;
 
 use super::lag::Lag;
 use super::pump::Pump;
+use super::resync::Giver;
 use super::{Group, Side};
 use crate::clock;
 use crate::error::Result;
@@ -26,6 +27,9 @@ use crate::fleet::Level;
 /// The time after which a group that does not flow in this session is offered again, in
 /// microseconds.
 const OFFER_AGAIN_US: u64 = 5_000_000;
+
+/// What the peer may want before it is answered; it wants something only where it was told hashes.
+const WANTED_MAX: usize = 8;
 
 /// The primary's side of one session.
 #[derive(Debug)]
@@ -39,6 +43,8 @@ pub(super) struct Outgoing {
     refused: Option<(RefuseCode, String)>,
     offered: Mono,
     pump: Option<AbortOnDropHandle<()>>,
+    /// What the peer wants, where contents are compared.
+    wanted: Option<mpsc::Sender<Wanted>>,
     notes_sent: bool,
     /// The fence that stood when the group was offered, and that the peer's acceptance lifts. One
     /// that was put up since stays: what was said before it says nothing about it.
@@ -52,6 +58,7 @@ impl Outgoing {
 
     pub(super) fn end(&mut self) {
         self.pump = None;
+        self.wanted = None;
         lock(&self.sender).on_link_down();
     }
 
@@ -63,7 +70,10 @@ impl Outgoing {
             (Phase::Offered { .. }, _) if self.refused.is_some() => {
                 (Link::Refused, self.refused.as_ref().map(|(_, text)| text.clone()))
             }
-            (Phase::Offline | Phase::Offered { .. }, _) => (Link::Negotiating, None),
+            // Once it is known how, the group says so.
+            (Phase::Offline | Phase::Offered { .. } | Phase::Carrying(_), _) => {
+                (Link::Negotiating, None)
+            }
             (Phase::Streaming(_), Some(text)) => (Link::Hindered, Some(text.clone())),
             (Phase::Streaming(_), None) => (Link::Streaming, None),
             (Phase::Stopped(stop), _) => {
@@ -117,8 +127,16 @@ impl Group {
         let name = self.name().parse().map_err(|error: srn_core::name::MalformedName| {
             crate::error::Failure::internal(error.to_string())
         })?;
-        let offer =
-            Offer { group: self.id, name, nonce, epochs, head, oldest: self.store.oldest(), disks };
+        let offer = Offer {
+            group: self.id,
+            name,
+            nonce,
+            epochs,
+            head,
+            oldest: self.store.oldest(),
+            has_copy: self.store.keep() == Keep::Replica,
+            disks,
+        };
         let refused = match &mut *self.side() {
             Side::Outgoing(before) if before.session.number() == session.number() => {
                 before.refused.take()
@@ -134,6 +152,7 @@ impl Group {
             refused,
             offered: clock::mono(),
             pump: None,
+            wanted: None,
             notes_sent: false,
             lifts,
         });
@@ -237,13 +256,16 @@ impl Group {
         if outgoing.session.number() != session.number() {
             return Ok(());
         }
-        let oldest = self.store.oldest();
+        let here = Here {
+            hash,
+            oldest: self.store.oldest(),
+            has_copy: self.store.keep() == Keep::Replica,
+        };
         let head = self.store.head().seq;
         outgoing.refused = None;
         let mut sender = lock(&outgoing.sender);
         sender.on_durable(head);
-        let accepted =
-            sender.on_accept(accept.nonce, &accept.position, accept.credit, hash, oldest);
+        let accepted = sender.on_accept(accept, here);
         if accepted == Err(PeerFault::UnexpectedAccept) {
             // The answer to an offer that was overtaken by a newer one is no fault.
             log::debug!("group {}: an answer came late", self.name());
@@ -267,6 +289,20 @@ impl Group {
                     wake: outgoing.wake.clone(),
                 };
                 let task = self.context.link().spawn(pump.run(stream));
+                outgoing.pump = Some(AbortOnDropHandle::new(task));
+            }
+            Phase::Carrying(carry) => {
+                self.peer_holds(acked);
+                let (to, wanted) = mpsc::channel(WANTED_MAX);
+                outgoing.wanted = Some(to);
+                let giver = Giver {
+                    group: self.clone(),
+                    session: session.clone(),
+                    sender: outgoing.sender.clone(),
+                    wake: outgoing.wake.clone(),
+                    wanted,
+                };
+                let task = self.context.link().spawn(giver.run(carry, accept.clone()));
                 outgoing.pump = Some(AbortOnDropHandle::new(task));
             }
             Phase::Stopped(stop) => {
@@ -354,18 +390,39 @@ impl Group {
         self.review();
     }
 
+    /// The peer wants what it lacks of leaves whose hashes it was told.
+    pub(super) fn on_wanted(&self, session: &Session, wanted: Wanted) {
+        let taken = match &*self.side() {
+            Side::Outgoing(outgoing) if outgoing.session.number() == session.number() => {
+                let is_this = matches!(
+                    lock(&outgoing.sender).phase(),
+                    Phase::Carrying(carry) if carry.nonce == wanted.nonce
+                );
+                // Of an offer that was overtaken: no fault.
+                !is_this || outgoing.wanted.as_ref().is_none_or(|to| to.try_send(wanted).is_ok())
+            }
+            _ => true,
+        };
+        if !taken {
+            session.misbehaved("wants more than it was told of");
+        }
+    }
+
     /// The peer holds every frame up to `seq` durably.
-    pub(super) fn on_ack(&self, session: &Session, seq: Seq) {
-        let news = {
+    pub(super) fn on_ack(self: &Arc<Self>, session: &Session, seq: Seq) {
+        let (news, carried) = {
             let side = self.side();
             let Side::Outgoing(outgoing) = &*side else { return };
             // The last words of a session that was replaced concern nobody.
             if outgoing.session.number() != session.number() {
                 return;
             }
-            let result = lock(&outgoing.sender).on_ack(seq);
+            let mut sender = lock(&outgoing.sender);
+            let was_carrying = matches!(sender.phase(), Phase::Carrying(_));
+            let result = sender.on_ack(seq);
+            drop(sender);
             match result {
-                Ok(news) => news,
+                Ok(news) => (news, was_carrying && news),
                 Err(fault) => {
                     drop(side);
                     return session.misbehaved(&fault.to_string());
@@ -380,6 +437,13 @@ impl Group {
                 self.maintainer.wake();
             }
             self.changed.notify_waiters();
+        }
+        if carried {
+            self.has_given(seq);
+            log::info!("group {}: the peer is at frame {seq}, frames follow", self.name());
+            // From there on frames can flow.
+            let (this, session) = (self.clone(), session.clone());
+            tokio::spawn(async move { this.session_up(&session).await });
         }
     }
 

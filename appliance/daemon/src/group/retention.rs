@@ -191,18 +191,35 @@ impl Group {
         Ok(pinned.map(|checkpoint| checkpoint.position.seq).collect())
     }
 
-    /// A primary keeps what its peer has not got.
+    /// A primary keeps what its peer has not got. What the peer gets in place of frames need not stay
+    /// in the log; that it began at its frame has to be told until it has all of it.
     fn with_unsent(&self, mut retention: Retention) -> Retention {
+        let giving = self.giving();
         // After a failover, what the old primary lacks: while there is room for it.
-        let awaits = self.awaits_reversal();
+        let awaits = self.awaits_reversal() && giving.is_none();
         let acked = if awaits { self.fork() } else { self.store.acked() };
+        let needed = giving.map_or(acked, |(_, to)| acked.max(to.seq));
+        let tracked = if awaits { None } else { self.tracked_from() };
+        self.store.set_frees_log(tracked.is_some());
         if self.role() == Role::Primary
             && self.peer().is_some()
             && !(awaits && self.is_short_of_room())
+            && tracked.is_none()
         {
-            retention.keep_from = retention.keep_from.min(acked);
+            retention.keep_from = retention.keep_from.min(needed);
         }
-        retention.points.retain(|point| *point <= retention.keep_from);
+        let keep_from = retention.keep_from;
+        retention.points.retain(|point| *point <= keep_from);
+        // What changed since then has to be told apart.
+        let known_from = giving.map(|(from, _)| from.seq).or(tracked);
+        if let Some(from) = known_from.filter(|from| *from <= keep_from)
+            && self.store.base_position().is_some_and(|base| base.seq <= from)
+            && !retention.points.contains(&from)
+            && (from > Seq::ZERO || self.store.acked() == Seq::ZERO)
+        {
+            retention.points.push(from);
+            retention.points.sort_unstable();
+        }
         retention
     }
 

@@ -6,9 +6,10 @@
 
 use std::time::Duration;
 
+use srn_core::ids::Seq;
 use srn_core::state::Cause;
 use srn_core::time::Mono;
-use srn_store::manifest::Role;
+use srn_store::manifest::{Keep, Role};
 
 use super::Group;
 use super::engine::{Done, Op};
@@ -19,6 +20,10 @@ use crate::fleet::{FullPolicy, Level};
 /// A wait for room that lasts longer is a full log. A server's writes wait for so long at most
 /// where the policy is `stop`, give or take the second between two looks.
 const STALL_MAX: Duration = Duration::from_secs(1);
+
+/// After a wait for room of this length not even what changed since the peer's frame is remembered:
+/// then contents are compared.
+const FORGET_AFTER: Duration = Duration::from_secs(60);
 
 /// So long after a wait for room the history here gives way to new writes.
 const SHORT_OF_ROOM: Duration = Duration::from_secs(30);
@@ -32,14 +37,22 @@ impl Group {
     #[must_use]
     pub fn log_fill(&self) -> f64 {
         let (_, cap) = self.store.log_bytes();
-        let needed = self.store.unacked_bytes();
+        let needed = self.needed_bytes();
         if cap == 0 { 0.0 } else { needed as f64 / cap as f64 }
     }
 
     /// What the log still takes, in bytes: its cap less what the peer has not acknowledged.
     #[must_use]
     pub fn log_room(&self) -> u64 {
-        self.store.log_bytes().1.saturating_sub(self.store.unacked_bytes())
+        self.store.log_bytes().1.saturating_sub(self.needed_bytes())
+    }
+
+    /// Bytes of the log that have to stay: frames that the peer has not acknowledged, and does not get
+    /// otherwise.
+    fn needed_bytes(&self) -> u64 {
+        let acked = self.store.acked();
+        let from = self.giving().map_or(acked, |(_, to)| acked.max(to.seq));
+        self.store.log_bytes_behind(from)
     }
 
     /// The engine waits for room (`Some`, with the reason), or has found it. Called from the
@@ -53,6 +66,8 @@ impl Group {
             facts.full.is_some()
         };
         match why {
+            // Merging makes room, whatever the peer has got.
+            Some(_) if self.may_track() => {}
             // Not a segment can be given up.
             Some(why) if self.log_room() <= 2 * self.context.config().segment_bytes => {
                 self.on_full(why);
@@ -88,6 +103,9 @@ impl Group {
             (Role::Primary, FullPolicy::Throttle) => {
                 format!("{why}: writes wait until there is room (throttle)")
             }
+            (Role::Primary, FullPolicy::Track) => {
+                format!("{why}: writes wait until what is old has been merged (track)")
+            }
             (Role::Primary, FullPolicy::Stop) => {
                 self.facts().failure = Some((Cause::LogFull, why.to_owned()));
                 // Whoever waits is told now: the mirror ends with an error and its server goes on.
@@ -117,6 +135,34 @@ impl Group {
             && self.record_has_peer()
             && !self.awaits_reversal()
             && self.is_short_of_room()
+    }
+
+    /// Whether frames that the peer has not got may be given up.
+    fn may_track(&self) -> bool {
+        self.role() == Role::Primary
+            && self.record_has_peer()
+            && self.record().full_policy == FullPolicy::Track
+    }
+
+    /// The frame from which on what changed has to be known, where the log gives way to new writes:
+    /// the peer's. None where it does not; zero where not even that is affordable.
+    pub(super) fn tracked_from(&self) -> Option<Seq> {
+        if !self.may_track() || !self.is_short_of_room() {
+            return None;
+        }
+        let stalled = self.facts().stalled.as_ref().map(|(_, since)| *since);
+        let forget = stalled.is_some_and(|since| is_older(since, FORGET_AFTER));
+        Some(if forget { Seq::ZERO } else { self.store.acked() })
+    }
+
+    /// Whether the peer lacks more than the log holds, and what changed is known, or will be found
+    /// out.
+    pub(super) fn is_tracking(&self) -> bool {
+        self.role() == Role::Primary
+            && self.store.keep() == Keep::Replica
+            && self.record_has_peer()
+            && !self.awaits_reversal()
+            && self.store.oldest() > self.store.acked().next()
     }
 
     /// Whether somebody has waited for room here of late.

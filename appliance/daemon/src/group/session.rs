@@ -120,6 +120,7 @@ impl Group {
                 tokio::spawn(async move { this.on_mark_request(id).await });
             }
             Message::Note(note) => self.on_note(note).await,
+            Message::Wanted(wanted) => self.on_wanted(session, wanted),
             Message::Integrity(said) => self.on_integrity(session, said),
             // The node deals with these.
             Message::Hello(_) | Message::Offer(_) | Message::Goodbye { .. } => {}

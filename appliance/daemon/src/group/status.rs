@@ -12,6 +12,7 @@ use std::path::PathBuf;
 use std::sync::atomic::Ordering;
 
 use super::integrity::{DamageStatus, WorkStatus};
+use super::resync::ResyncStatus;
 use super::synchronous::SyncStatus;
 use super::ways_out::EpochStatus;
 use super::{Group, Side};
@@ -89,6 +90,12 @@ pub struct GroupStatus {
     /// How its history is looked after.
     #[serde(default)]
     pub upkeep: UpkeepStatus,
+    /// Content that is carried in place of frames now.
+    #[serde(default)]
+    pub resync: Option<ResyncStatus>,
+    /// Somebody has asked for the replica to be compared.
+    #[serde(default)]
+    pub resync_asked: bool,
     /// What is being compared or scrubbed now.
     #[serde(default)]
     pub work: Option<WorkStatus>,
@@ -237,13 +244,22 @@ impl Group {
             return (Link::FailedOver, None);
         }
         let no_primary = self.role() == Role::Secondary && self.facts().no_primary.is_some();
+        let resync = self.resync_cause();
         match &*self.side() {
             Side::Apart if !self.record_has_peer() => (Link::NoPeer, None),
             _ if no_primary => (Link::Diverged(Cause::NoPrimary), None),
+            Side::Apart if self.is_tracking() => (Link::Tracking, None),
             Side::Apart => (Link::Down, None),
-            Side::Outgoing(outgoing) => outgoing.link(),
+            Side::Outgoing(outgoing) => match (outgoing.link(), resync) {
+                ((Link::Negotiating, _), Some(cause)) => (Link::Resync(cause), None),
+                ((Link::Negotiating, _), None) if self.is_tracking() => (Link::Tracking, None),
+                (link, _) => link,
+            },
             Side::Incoming(incoming) => match incoming.refused() {
                 Some((cause, text)) => (Link::Diverged(*cause), Some(text.clone())),
+                None if incoming.is_streaming() && resync.is_some() => {
+                    (resync.map_or(Link::Negotiating, Link::Resync), None)
+                }
                 None if incoming.has_begun() => (Link::Streaming, None),
                 None => (Link::Negotiating, None),
             },
@@ -295,7 +311,9 @@ impl Group {
             // What keeps the peer from taking any is the other half of the story.
             let more = detail.filter(|_| link == Link::Hindered);
             detail = Some(more.map_or_else(|| why.clone(), |more| format!("{why}; {more}")));
-            link = Link::NoRoom;
+            if link != Link::Tracking {
+                link = Link::NoRoom;
+            }
         }
         drop(facts);
         (StateFacts { content, link, paused, fence, failure }, detail)
@@ -343,7 +361,7 @@ impl Group {
             State::Disconnected if matches!(now.1, Cause::Negotiating | Cause::NoPeer) => {
                 Level::Info
             }
-            State::Disconnected => Level::Warning,
+            State::Disconnected | State::Tracking => Level::Warning,
             _ => Level::Alert,
         };
         // The first state after a start is no news.
@@ -469,6 +487,8 @@ impl Group {
             fence_hook: record.fence_hook.clone(),
             paused: record.paused,
             upkeep: self.facts().upkeep.clone(),
+            resync: self.resync_status(),
+            resync_asked: record.resync.is_some(),
             work: self.integrity_work(),
             damaged,
             scrub_every_s: record.scrub_every_s,

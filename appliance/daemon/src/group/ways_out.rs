@@ -81,7 +81,7 @@ impl Group {
                 if primary {
                     ""
                 } else {
-                    ", and it is replicated anew if the log still goes back that far"
+                    ", and it is replicated anew, by a full copy where the production node keeps one"
                 }
             ),
             _ => return None,

@@ -184,6 +184,7 @@ impl Node {
             priority: Priority::default(),
             sources: Vec::new(),
             scrub_every_s: crate::fleet::scrub_every_default(),
+            resync: None,
             scrubbed_at: None,
         };
         let first = offer
@@ -284,12 +285,19 @@ fn record(
     let full_policy = request.full_policy.unwrap_or(match keep {
         // The server has its own disk and goes on.
         Keep::Cache => FullPolicy::Stop,
-        Keep::Replica => FullPolicy::Throttle,
+        // Nor does a server wait for its peer here: what changed can be read again.
+        Keep::Replica => FullPolicy::Track,
     });
+    if keep == Keep::Cache && full_policy == FullPolicy::Track {
+        return Err(Failure::invalid(
+            "a local cache holds no copy from which what changed could be read again; its policy is \
+             stop or throttle",
+        ));
+    }
     if keep == Keep::Replica && full_policy == FullPolicy::Stop {
         return Err(Failure::invalid(
             "a replica's disks may be served from here, and a served disk cannot go on \
-             unprotected; its policy is throttle",
+             unprotected; its policy is track or throttle",
         ));
     }
     let synchronous = request.synchronous.unwrap_or_default();
@@ -320,6 +328,7 @@ fn record(
         priority: request.priority.unwrap_or_default(),
         sources: Vec::new(),
         scrub_every_s: request.scrub_every_s.unwrap_or_else(crate::fleet::scrub_every_default),
+        resync: None,
         scrubbed_at: None,
     })
 }

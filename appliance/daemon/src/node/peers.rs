@@ -401,6 +401,12 @@ impl Node {
                         group.on_frames(&session, &header, reader);
                     }
                 }
+                SessionEvent::Changes(changes) => {
+                    let group = self.groups_lock().get(&changes.header.group).cloned();
+                    if let Some(group) = group.filter(|group| group.peer() == Some(id)) {
+                        group.on_changes(&session, changes);
+                    }
+                }
                 SessionEvent::Closed(error) => {
                     why = error.to_string();
                     break;

@@ -21,7 +21,7 @@ use srn_core::epoch::{EpochTable, Position};
 use srn_core::frame::envelope;
 use srn_core::ids::{EpochId, FrameHash, GroupId, Seq};
 use srn_core::receiver::{Answer, Receiver};
-use srn_core::sender::{Phase, Sender, Stop};
+use srn_core::sender::{Here, Phase, Sender, Stop};
 use srn_core::state::Cause;
 use srn_core::time::{Mono, Now, WallTime};
 use srn_core::wire::{Accept, Message, Offer, Refuse, RefuseCode, StreamHeader};
@@ -353,7 +353,7 @@ impl World {
         node.cursor = None;
         let (group, name, nonce) = (GROUP, "sim".parse().expect("name"), self.nonce);
         let (oldest, disks) = (node.group.oldest(), Vec::new());
-        let offer = Offer { group, name, nonce, epochs, head, oldest, disks };
+        let offer = Offer { group, name, nonce, epochs, head, oldest, has_copy: false, disks };
         self.say(1 - at, &Message::Offer(offer));
     }
 
@@ -468,7 +468,14 @@ impl World {
         match answer {
             Answer::Accept { position, credit } => {
                 node.acked = position.seq;
-                let accept = Accept { group: GROUP, nonce: offer.nonce, position, credit };
+                let accept = Accept {
+                    group: GROUP,
+                    nonce: offer.nonce,
+                    position,
+                    credit,
+                    compare: false,
+                    under: None,
+                };
                 self.say(1 - at, &Message::Accept(accept));
             }
             Answer::Refuse(code) => {
@@ -487,9 +494,7 @@ impl World {
         };
         let oldest = node.group.oldest();
         let sender = node.sender.as_mut().expect("it has offered");
-        sender
-            .on_accept(accept.nonce, &accept.position, accept.credit, hash, oldest)
-            .expect("accept");
+        sender.on_accept(accept, Here { hash, oldest, has_copy: false }).expect("accept");
         match sender.phase() {
             Phase::Streaming(stream) => {
                 let header = StreamHeader { group: GROUP, nonce: stream.nonce, first: stream.next };

@@ -13,5 +13,6 @@ mod kill;
 mod lines;
 mod oracle;
 mod pipe;
+mod resync;
 mod reversal;
 mod synchronous;

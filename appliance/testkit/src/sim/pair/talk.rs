@@ -11,7 +11,7 @@ use srn_core::epoch::Position;
 use srn_core::frame::{Header, envelope};
 use srn_core::ids::{EpochId, FrameHash, GroupId};
 use srn_core::receiver::Answer;
-use srn_core::sender::{Phase, Stop};
+use srn_core::sender::{Here, Phase, Stop};
 use srn_core::state::Cause;
 use srn_core::time::WallTime;
 use srn_core::wire::{Accept, Message, Offer, Refuse, RefuseCode, StreamHeader};
@@ -20,6 +20,7 @@ use srn_store::codec::Effort;
 use srn_store::frame::Frame;
 use srn_store::manifest::Fence;
 
+use super::carry::Changes;
 use super::{GROUP, WINDOW, World};
 
 /// What travels: control messages both ways, and frames one way, each in order.
@@ -28,6 +29,7 @@ pub(super) enum Packet {
     Control(Vec<u8>),
     StreamBegin(Vec<u8>),
     Frame { fixed: [u8; envelope::LEN], front: Bytes, content: Bytes },
+    Changes(Box<Changes>),
 }
 
 impl World {
@@ -74,13 +76,14 @@ impl World {
             epochs: group.epochs(),
             head: group.head(),
             oldest: group.oldest(),
+            has_copy: self.has_copy(),
             disks: Vec::new(),
         };
         self.send(true, &Message::Offer(offer));
         self.saw("connected");
     }
 
-    fn send(&mut self, to_secondary: bool, message: &Message) {
+    pub(super) fn send(&mut self, to_secondary: bool, message: &Message) {
         let packet = Packet::Control(message.encode());
         if to_secondary {
             self.to_secondary.push_back(packet);
@@ -100,6 +103,8 @@ impl World {
             let frame = match cursor.next() {
                 Ok(frame) => frame.expect("a durable frame"),
                 Err(_) if self.primary.disk.is_off() => return,
+                // The log gave way: the next offer says how far it goes back.
+                Err(StoreError::NotInHistory(_)) if self.has_copy() => return self.cut(),
                 Err(error) => panic!("frame {seq} cannot be read: {error}"),
             };
             let effort = *self.chance.pick(&[Effort::None, Effort::Lz4, Effort::Zstd(1)]);
@@ -149,6 +154,7 @@ impl World {
                     .expect("the primary sends what is agreed");
                 self.waiting.push((Arc::new(frame), bytes));
             }
+            Packet::Changes(changes) => self.leap(*changes),
         }
     }
 
@@ -189,7 +195,14 @@ impl World {
             Answer::Accept { position, credit } => {
                 // What it says it has, it has to keep.
                 self.acked = self.acked.max(position.seq);
-                let accept = Accept { group: GROUP, nonce: offer.nonce, position, credit };
+                let accept = Accept {
+                    group: GROUP,
+                    nonce: offer.nonce,
+                    position,
+                    credit,
+                    compare: false,
+                    under: None,
+                };
                 self.send(false, &Message::Accept(accept));
             }
             Answer::Refuse(code) => {
@@ -226,8 +239,10 @@ impl World {
             Message::Accept(accept) => self.on_accept(&accept),
             Message::Ack { seq, .. } => {
                 assert!(seq <= self.acked, "acknowledged before it was durable");
+                let was_carrying = matches!(self.sender.phase(), Phase::Carrying(_));
                 self.sender.on_ack(seq).expect("ack");
                 self.primary.group.set_acked(self.sender.acked());
+                self.on_carried(was_carrying);
             }
             Message::Credit { limit, .. } => self.sender.on_credit(limit).expect("credit"),
             Message::Refuse(refuse) => {
@@ -254,12 +269,11 @@ impl World {
             Err(error) => panic!("no hash: {error}"),
         };
         let oldest = group.oldest();
-        let old =
-            self.sender.clone().on_accept(accept.nonce - 1, &accept.position, 0, hash, oldest);
+        let here = Here { hash, oldest, has_copy: self.has_copy() };
+        let late = Accept { nonce: accept.nonce - 1, ..accept.clone() };
+        let old = self.sender.clone().on_accept(&late, here);
         assert!(old.is_err(), "an answer to an old offer was taken");
-        self.sender
-            .on_accept(accept.nonce, &accept.position, accept.credit, hash, oldest)
-            .expect("accept");
+        self.sender.on_accept(accept, here).expect("accept");
         let on_our_line = self.ours.count_at(&accept.position).is_some();
         match self.sender.phase() {
             Phase::Streaming(stream) => {
@@ -275,6 +289,18 @@ impl World {
                     group.set_acked(acked);
                 }
                 self.saw("streaming begun");
+            }
+            Phase::Carrying(carry) => {
+                let carry = *carry;
+                assert!(on_our_line, "two histories were joined at {}", accept.position);
+                let acked = self.sender.acked();
+                if acked < group.acked() {
+                    assert!(self.set_back, "the secondary forgot what it had acknowledged");
+                    group.set_back_acked(acked);
+                } else {
+                    group.set_acked(acked);
+                }
+                self.carry(&carry);
             }
             Phase::Stopped(Stop::TooFarBehind { .. }) => {
                 assert!(self.set_back, "what the secondary needs is not in the log any more");
