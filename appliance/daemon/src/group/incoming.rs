@@ -120,6 +120,7 @@ impl Group {
         self.facts().no_primary = None;
         // Frames of an earlier stream must be durable or dropped before this is judged.
         self.end_stream();
+        self.resync_at_rest().await;
         let left = self.leave_line(&offer).await;
         let stream = self.engine().drop_frames().await;
         let mut receiver = Receiver::new(self.id, self.store.epochs(), self.store.head());
@@ -244,6 +245,9 @@ impl Group {
                 format!("group {name} is paused at the recovery node; resume it there"),
             ));
         }
+        if let Some(text) = self.resync_trouble() {
+            return Some((RefuseCode::Storage, text));
+        }
         self.facts().failure.as_ref().map(|(_, text)| {
             let text = format!("the recovery node cannot store group {name}: {text}");
             (RefuseCode::Storage, text)
@@ -327,6 +331,14 @@ impl Group {
             }
             // A stream of an offer that was overtaken by a newer one is no fault.
             (begun, _) => log::debug!("group {}: changes: {begun:?}", self.name()),
+        }
+    }
+
+    /// Whether what comes in this session goes to this receiver.
+    pub(super) fn takes_in(&self, receiver: &Arc<Mutex<Receiver>>) -> bool {
+        match &*self.side() {
+            Side::Incoming(incoming) => Arc::ptr_eq(&incoming.receiver, receiver),
+            _ => false,
         }
     }
 

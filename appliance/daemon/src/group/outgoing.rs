@@ -165,6 +165,9 @@ impl Group {
     /// is not there to say so. A stream that ended by itself: its log was trimmed, or its reader
     /// gave up.
     pub(super) async fn offer_again(self: &Arc<Self>) {
+        if self.resync_trouble().is_some() {
+            return;
+        }
         // A log that cannot be read would end every stream.
         if self.facts().failure.as_ref().is_some_and(|(cause, _)| *cause != Cause::LogFull) {
             return;
@@ -216,7 +219,8 @@ impl Group {
     pub(super) async fn on_accept(self: &Arc<Self>, session: &Session, accept: Accept) {
         let (store, seq) = (self.store.clone(), accept.position.seq);
         let hash = match self.blocking(move || store.hash_at(seq)).await {
-            Ok(hash) => hash,
+            // The log may have given it up since it was sent.
+            Ok(hash) => hash.or_else(|| self.sent_hash(seq)),
             Err(error) => return self.cannot_send(&format!("looking up frame {seq}: {error}")),
         };
         // It is secondary, whatever it has offered before.
@@ -277,6 +281,7 @@ impl Group {
         match phase {
             Phase::Streaming(stream) => {
                 self.peer_holds(acked);
+                self.has_given(acked);
                 log::info!(
                     "group {}: sending from frame {} of {head} on",
                     self.name(),
@@ -431,6 +436,7 @@ impl Group {
         };
         if news {
             self.store.set_acked(seq);
+            self.forget_sent(seq);
             self.lag().acknowledged(seq);
             self.answer_up_to(seq);
             if self.facts().stalled.is_some() {

@@ -187,6 +187,7 @@ impl Pump {
         let (traffic, weight) = self.group.share();
         writer.set_share(traffic, weight);
         // Before it leaves: its acknowledgement may be here before the write returns.
+        self.group.remember_sent(frame.position());
         lock(&self.sender).on_sent(seq, wire);
         writer.write(&mut parts).await?;
         let counters = &self.group.counters;

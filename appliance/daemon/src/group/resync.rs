@@ -18,10 +18,13 @@ mod give;
 mod seed;
 mod take;
 
+use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde::{Deserialize, Serialize};
+use srn_core::epoch::Position;
+use srn_core::ids::{FrameHash, Seq};
 use srn_core::state::Cause;
 use srn_core::time::Mono;
 use srn_core::wire::Way;
@@ -33,6 +36,12 @@ use crate::clock;
 pub(super) use give::Giver;
 use seed::Seeds;
 pub(super) use take::{Taker, catalog_of};
+
+/// After one that failed the next is not tried for so long, in microseconds.
+const REST_US: u64 = 60_000_000;
+
+/// Frames whose hashes are remembered while they are on their way; far more than credit allows.
+const SENT_MAX: usize = 65_536;
 
 /// What waits for the peer to come back is held for so long, in microseconds.
 const HELD_US: u64 = 600_000_000;
@@ -46,6 +55,13 @@ pub(super) struct Resync {
     taken: Mutex<Option<(take::Taken, Mono)>>,
     /// What is under way.
     work: Mutex<Option<Work>>,
+    /// Held by whoever takes something in: one at a time.
+    busy: Arc<tokio::sync::Mutex<()>>,
+    /// Why the last one failed, and when.
+    trouble: Mutex<Option<(String, Mono)>>,
+    /// Frames that were sent and are not acknowledged, with their hashes: the peer may turn out to
+    /// hold any of them when the log holds none.
+    sent: Mutex<VecDeque<(Seq, FrameHash)>>,
 }
 
 /// How far it is.
@@ -136,6 +152,49 @@ impl Drop for Running {
 }
 
 impl Group {
+    /// A frame is on its way.
+    pub(super) fn remember_sent(&self, frame: Position) {
+        let mut sent = self.resync.sent.lock().unwrap_or_else(PoisonError::into_inner);
+        if sent.back().is_some_and(|(last, _)| *last >= frame.seq) {
+            sent.clear();
+        }
+        if sent.len() >= SENT_MAX {
+            sent.pop_front();
+        }
+        sent.push_back((frame.seq, frame.hash));
+    }
+
+    /// The peer has acknowledged it, and everything before.
+    pub(super) fn forget_sent(&self, acked: Seq) {
+        let mut sent = self.resync.sent.lock().unwrap_or_else(PoisonError::into_inner);
+        while sent.front().is_some_and(|(seq, _)| *seq < acked) {
+            sent.pop_front();
+        }
+    }
+
+    /// The hash of a frame that was on its way when the session ended.
+    pub(super) fn sent_hash(&self, seq: Seq) -> Option<FrameHash> {
+        let sent = self.resync.sent.lock().unwrap_or_else(PoisonError::into_inner);
+        sent.iter().find(|(at, _)| *at == seq).map(|(_, hash)| *hash)
+    }
+
+    /// Why no resync is tried now: one has just failed.
+    pub(super) fn resync_trouble(&self) -> Option<String> {
+        let trouble = self.resync.trouble.lock().unwrap_or_else(PoisonError::into_inner);
+        let (why, at) = trouble.as_ref()?;
+        (clock::mono().since(*at) < REST_US).then(|| why.clone())
+    }
+
+    fn set_resync_trouble(&self, why: Option<String>) {
+        let mut trouble = self.resync.trouble.lock().unwrap_or_else(PoisonError::into_inner);
+        *trouble = why.map(|why| (why, clock::mono()));
+    }
+
+    /// Waits until nothing is being taken in any more: what was, can go on where it was.
+    pub(super) async fn resync_at_rest(&self) {
+        drop(self.resync.busy.lock().await);
+    }
+
     /// Why content is carried in place of frames now; none when it is not.
     pub(super) fn resync_cause(&self) -> Option<Cause> {
         self.resync.work().as_ref().map(|work| cause_of(work.way))
@@ -171,7 +230,8 @@ impl Group {
         let needed = self.log_needs_room() && !running;
         let gone = {
             let mut given = self.resync.given();
-            let gone = given.as_ref().is_some_and(|(_, used)| needed || stale(*used));
+            let over = self.role() != Role::Primary || self.fence().is_some();
+            let gone = given.as_ref().is_some_and(|(_, used)| over || needed || stale(*used));
             if gone { given.take() } else { None }
         };
         drop(gone);

@@ -49,6 +49,7 @@ impl Group {
         let _held = self.offers.clone().lock_owned().await;
         self.change_settings(|record| record.peer = Some(peer.to_string()))?;
         self.end_stream();
+        self.forget_resync();
         *self.side() = Side::Apart;
         {
             let mut facts = self.facts();

@@ -252,7 +252,10 @@ impl Group {
             Side::Apart => (Link::Down, None),
             Side::Outgoing(outgoing) => match (outgoing.link(), resync) {
                 ((Link::Negotiating, _), Some(cause)) => (Link::Resync(cause), None),
-                ((Link::Negotiating, _), None) if self.is_tracking() => (Link::Tracking, None),
+                ((Link::Negotiating, _), None) if self.is_tracking() => {
+                    (Link::Tracking, self.resync_trouble())
+                }
+                ((Link::Negotiating, None), None) => (Link::Negotiating, self.resync_trouble()),
                 (link, _) => link,
             },
             Side::Incoming(incoming) => match incoming.refused() {

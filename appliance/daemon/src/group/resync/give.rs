@@ -24,6 +24,7 @@ use tokio::sync::{Notify, mpsc};
 use super::{Running, compare};
 use crate::clock;
 use crate::error::Failure;
+use crate::fleet::Level;
 use crate::group::Group;
 use crate::group::effort::EffortControl;
 use crate::group::outgoing::lock;
@@ -245,7 +246,9 @@ impl Giver {
             Err(GiveError::Link(error)) => log::debug!("group {name}: resync: {error}"),
             Err(GiveError::Store(error)) => self.group.cannot_send(&error.to_string()),
             Err(GiveError::Other(failure)) => {
-                log::warn!("group {name}: resync: {}", failure.message);
+                let text = format!("resync: {}", failure.message);
+                self.group.tell(Level::Alert, &text);
+                self.group.set_resync_trouble(Some(text));
             }
         }
         // It must not look as if it went on.
@@ -266,6 +269,7 @@ impl Giver {
             given.to.seq,
             given.total - before
         );
+        self.group.set_resync_trouble(None);
         let catalog = given.catalog.encode();
         let header = ChangesHeader {
             group: self.group.id,

@@ -123,6 +123,7 @@ impl Taker {
             Err(TakeError::Store(error)) => {
                 let text = format!("resync: {error}");
                 group.tell(Level::Alert, &text);
+                group.set_resync_trouble(Some(text.clone()));
                 if matches!(error, StoreError::Io { .. } | StoreError::Stopped(_)) {
                     group.facts().failure = Some((Cause::DiskFailed, text.clone()));
                 }
@@ -131,6 +132,7 @@ impl Taker {
             Err(TakeError::Other(failure)) => {
                 let text = format!("resync: {}", failure.message);
                 group.tell(Level::Alert, &text);
+                group.set_resync_trouble(Some(text.clone()));
                 let _ = session.send(&group.refuse(RefuseCode::Storage, text)).await;
             }
         }
@@ -141,6 +143,7 @@ impl Taker {
 
     async fn take(self, changes: Changes) -> std::result::Result<(), TakeError> {
         let Changes { header, mut reader, .. } = changes;
+        let busy = self.group.resync.busy.clone().lock_owned().await;
         let taken = self.begin(header.way, header.total, header.begin).await?;
         let seeds = match header.way {
             Way::Compared => self.group.open_seeds(&self.catalog).await?,
@@ -159,6 +162,7 @@ impl Taker {
             batches: VecDeque::new(),
             running,
             taken: Some(taken),
+            _busy: busy,
         };
         let worker = tokio::task::spawn_blocking(move || work.run(queue));
         let receiving = async {
@@ -240,7 +244,9 @@ impl Taker {
     async fn finish(self, taken: Taken) -> std::result::Result<(), TakeError> {
         // No offer is judged meanwhile, and nobody takes over.
         let _held = self.group.offers.clone().lock_owned().await;
-        if self.group.role() != Role::Secondary || self.lock().durable() != taken.leap.from() {
+        if self.group.role() != Role::Secondary || !self.group.takes_in(&self.receiver) {
+            // Another offer has come: it goes on from here.
+            *self.group.resync.taken() = Some((taken, clock::mono()));
             return Err(TakeError::Gone);
         }
         let (group, done, way) = (self.group.clone(), taken.done, taken.way);
@@ -261,6 +267,7 @@ impl Taker {
         if way == Way::Compared {
             self.group.resync_done();
         }
+        self.group.set_resync_trouble(None);
         self.group.decide_anew();
         self.group.maintainer.wake();
         let ack = self.lock().on_leapt();
@@ -318,6 +325,7 @@ struct Work {
     batches: VecDeque<Batch>,
     running: Running,
     taken: Option<Taken>,
+    _busy: tokio::sync::OwnedMutexGuard<()>,
 }
 
 type Queue = mpsc::UnboundedReceiver<(Item, u64)>;
