@@ -21,6 +21,7 @@ mod talk;
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, OnceLock};
 
+use srn_core::epoch::Position;
 use srn_core::ids::{EpochId, GroupId, Seq};
 use srn_core::receiver::Receiver;
 use srn_core::sender::{Phase, Sender, Stop};
@@ -77,6 +78,8 @@ struct World {
     set_back: bool,
     /// How many writes the line of the failover holds, once there was one.
     failed_over: Option<usize>,
+    /// The secondary's newest frame before that.
+    forked: Option<Position>,
     fence: Option<Cause>,
     paused: bool,
     hindered: bool,
@@ -121,6 +124,7 @@ impl World {
             acked: Seq(0),
             set_back: false,
             failed_over: None,
+            forked: None,
             fence: None,
             paused: false,
             hindered: false,
@@ -304,10 +308,8 @@ impl World {
         let view = self.secondary.group.view_head().expect("view");
         let found = contents(&view, DISKS, SECTORS).expect("reading the secondary");
         let lines = std::iter::once(&mut self.ours).chain(&mut self.lost);
-        let mut lines = lines.filter(|line| match self.failed_over {
-            Some(count) => line.writes.len() >= count,
-            None => line.count_at(&head).is_some(),
-        });
+        let at = self.forked.filter(|_| self.failed_over.is_some()).unwrap_or(head);
+        let mut lines = lines.filter(|line| line.count_at(&at).is_some());
         let line = lines.next().expect("frames that the primary never had");
         let count = self.failed_over.or_else(|| line.count_at(&head)).unwrap_or(0);
         line.writes.check(count, &found, format_args!("the secondary's frame {}", head.seq));
@@ -385,6 +387,7 @@ impl World {
         let head = self.secondary.group.head();
         let lines = std::iter::once(&self.ours).chain(&self.lost);
         let count = lines.filter_map(|line| line.count_at(&head)).next().expect("a known frame");
+        self.forked = Some(head);
         self.secondary.appender = None;
         self.clock += 1000;
         match self.secondary.group.fail_over(NEW_EPOCH, head.seq, self.now()) {

@@ -131,6 +131,11 @@ impl World {
                 assert_eq!(ack, at.seq);
                 self.acked = ack;
                 self.saw("caught up without frames");
+                self.secondary.disk.no_fault();
+                if self.secondary.disk.is_off() {
+                    // In something that nobody waits for.
+                    return self.crash_secondary();
+                }
                 self.check_secondary();
                 self.send(false, &Message::Ack { group: GROUP, seq: ack });
             }
