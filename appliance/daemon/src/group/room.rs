@@ -103,9 +103,11 @@ impl Group {
             (Role::Primary, FullPolicy::Throttle) => {
                 format!("{why}: writes wait until there is room (throttle)")
             }
-            (Role::Primary, FullPolicy::Track) => {
-                format!("{why}: writes wait until what is old has been merged (track)")
+            (Role::Primary, FullPolicy::Track) if self.may_track() => {
+                format!("{why}: writes wait until there is room; what is old is merged (track)")
             }
+            // Without a peer there is nothing that could be tracked.
+            (Role::Primary, FullPolicy::Track) => format!("{why}: writes wait until there is room"),
             (Role::Primary, FullPolicy::Stop) => {
                 self.facts().failure = Some((Cause::LogFull, why.to_owned()));
                 // Whoever waits is told now: the mirror ends with an error and its server goes on.

@@ -26,7 +26,7 @@ fn expect_resync(nodes: &mut [&mut Node]) {
             "tracking: the log could not hold",
             "no session with peer",
             "it was deleted or set back",
-            "merged (track)",
+            "writes wait until there is room",
             "the log here has no room",
             "the replica was deleted here",
             "the peer refuses",
