@@ -1,8 +1,13 @@
-//! What a peer sends: control messages and the headers of frame streams.
+//! What a peer sends: control messages, the headers of streams, and what changed.
 
-use srn_core::ids::{GroupId, Seq};
+use srn_core::extent::Extent;
+use srn_core::frame::envelope::Codec;
+use srn_core::ids::{DiskNo, GroupId, Seq};
 use srn_core::time::WallTime;
-use srn_core::wire::{Hello, Message, PREFIX_LEN, StreamHeader};
+use srn_core::wire::{
+    ChangesHeader, HashRun, Hello, Item, ItemHead, Message, PREFIX_LEN, Place, StreamHeader,
+    Wanted, Way,
+};
 use srn_testkit::fuzz::{Target, run, unsealed};
 
 /// Messages from the encoder; and of every kind one made of small fields, which leads as far as
@@ -16,6 +21,14 @@ fn corpus() -> Vec<Vec<u8>> {
         })
         .encode(),
         Message::Goodbye { unpaired: true, text: "gone".into() }.encode(),
+        Message::Wanted(Wanted {
+            group: GroupId([1; 16]),
+            nonce: 2,
+            disk: DiskNo(3),
+            first: 4,
+            leaves: vec![(0, [[5; 16]; 16]), (7, [[6; 16]; 16])],
+        })
+        .encode(),
     ];
     for kind in 0..=40u8 {
         for fill in [0u8, 1] {
@@ -63,5 +76,48 @@ fn stream_headers() {
         let Some(bytes) = bytes.first_chunk::<{ StreamHeader::LEN }>() else { return };
         let Ok(header) = StreamHeader::decode(bytes) else { return };
         assert_eq!(header.encode(), bytes);
+    });
+}
+
+#[test]
+fn headers_of_changes() {
+    let header = ChangesHeader {
+        group: GroupId([1; 16]),
+        nonce: 2,
+        way: Way::Compared,
+        catalog_len: 3,
+        total: 4,
+        begin: Place { disk: DiskNo(5), sector: 6 },
+    };
+    let corpus = vec![header.encode()];
+    let target = Target { name: "headers of changes", corpus, seal: unsealed, cap: 1 << 12 };
+    run(&target, |bytes, _| {
+        let Some(bytes) = bytes.first_chunk::<{ ChangesHeader::LEN }>() else { return };
+        let Ok(header) = ChangesHeader::decode(bytes) else { return };
+        assert_eq!(header.encode(), bytes);
+    });
+}
+
+#[test]
+fn changes() {
+    let (disk, extent) = (DiskNo(1), Extent::new(8, 8));
+    let known = HashRun::Known(vec![[1; 16]; 3]);
+    let corpus = [
+        Item::Zero { disk, extent, trim: true },
+        Item::Content { disk, extent, codec: Codec::Zstd, sum: 1, stored: vec![2; 40] },
+        Item::Hashes { disk, first: 5, runs: vec![HashRun::Zero(4), known] },
+        Item::Settled { disk, first: 5 },
+        Item::End,
+    ];
+    let corpus = corpus.iter().map(Item::encode).collect();
+    let target = Target { name: "changes", corpus, seal: unsealed, cap: 1 << 20 };
+    run(&target, |bytes, _| {
+        let Some((head, body)) = bytes.split_first_chunk::<{ ItemHead::LEN }>() else { return };
+        let Ok(head) = ItemHead::decode(head) else { return };
+        let Some(body) = body.get(..head.body_len()) else { return };
+        let Ok(item) = Item::decode(&head, body) else { return };
+        let again = item.encode();
+        let (head, body) = again.split_first_chunk().expect("an item has a head");
+        assert_eq!(Item::decode(&ItemHead::decode(head).expect("its own"), body), Ok(item));
     });
 }

@@ -75,14 +75,7 @@ async fn stream_begins(connection: &Connection) {
 /// The acceptance of an offer, by one who has everything.
 fn accepted(offer: &Offer) -> Message {
     let (group, nonce, position) = (offer.group, offer.nonce, offer.head);
-    Message::Accept(Accept {
-        group,
-        nonce,
-        position,
-        credit: 1 << 20,
-        compare: false,
-        under: None,
-    })
+    Message::Accept(Accept { group, nonce, position, credit: 1 << 20, compare: false, under: None })
 }
 
 /// The node is asked to drain, and says that it does not.
