@@ -531,10 +531,12 @@ class Group:
         fields = Fields(data[:-32], 4)
         check(fields.u32() == 1, f"{path}: its version")
         to = fields.position()
+        # Where the slice begins: of no use to who changes nothing.
+        fields.u32(), fields.u64()
         pages = {}
         for _ in range(fields.u64()):
-            disk, page = fields.u32(), fields.u64()
-            pages[disk, page] = fields.take(PAGE)
+            disk, page, lost = fields.u32(), fields.u64(), fields.u8()
+            pages[disk, page] = fields.take(PAGE), lost
         first = self.manifest["lines"][self.manifest["main"]]["pieces"][:1]
         return (to, pages) if first and first[0]["last"] == to else None
 
@@ -708,11 +710,16 @@ class Group:
                 total = int.from_bytes(sums[page * 8:page * 8 + 8], "little")
                 if self.intent and (number, page) in self.intent[1]:
                     # A retirement that was cut short: what it was to write here is in the intent.
-                    content[page * PAGE:(page + 1) * PAGE] = self.intent[1][number, page]
+                    found, lost = self.intent[1][number, page]
+                    check(not lost, f"{raw.name}: sectors of page {page} are lost")
+                    content[page * PAGE:(page + 1) * PAGE] = found
                 elif total:
                     raw.seek(page * PAGE)
                     found = raw.read(PAGE)
-                    if max(xxh3(found), 1) != total:
+                    ordinary = max(xxh3(found), 1)
+                    check(max(ordinary ^ (1 << 64) - 1, 1) != total or self.intent,
+                          f"{raw.name}: sectors of page {page} are lost")
+                    if ordinary != total:
                         # Either damage, or a whole page of a retirement that was cut short; that
                         # is covered by the log.
                         check(self.intent, f"{raw.name}: page {page}")

@@ -50,6 +50,8 @@ mutants! {
     SegmentDirectoryNotSynced = "segment directory not fsynced",
     /// The base is changed without an intent.
     RetireWithoutIntent = "retirement without intent",
+    /// The place where the next slice of a retirement begins is durable before the slice.
+    SliceCursorEarly = "place of a slice moved before its data is synced",
     /// The base is published before it is synced.
     BaseNotSynced = "base not fsynced",
     /// What a failed sync may have left in a cache only is taken for durable.

@@ -5,6 +5,9 @@
 //! file has a hole there. The base is changed only by retirement, which shadows every page it
 //! changes with the log until the change is durable; what a reader takes from here is therefore
 //! never in motion, but for pages that share sectors with one in motion, hence the lock.
+//!
+//! Content that was damaged where it came from is *lost* here, sector by sector: it is marked, reads
+//! of it fail, and no checksum of the page's own says what would be right.
 
 use std::collections::BTreeMap;
 use std::io::IoSlice;
@@ -22,6 +25,17 @@ use crate::io::{Access, AlignedBuf, BufPool, File, Fs, Volume};
 
 /// Bytes of a page's checksum.
 const SUM_LEN: u64 = 8;
+
+/// What a lost sector holds. It means nothing in a page with an ordinary checksum.
+const LOST_SECTOR: [u8; SECTOR as usize] = {
+    let (mut sector, words) = ([0; SECTOR as usize], b"SRN lost sector\n");
+    let mut at = 0;
+    while at < sector.len() {
+        sector[at] = words[at % words.len()];
+        at += 1;
+    }
+    sector
+};
 
 /// Pages looked at in one answer about spans: 256 MiB of disk.
 const SPAN_PAGES_MAX: u64 = 64 * 1024;
@@ -54,9 +68,44 @@ fn sums_name(id: DiskId) -> String {
     format!("{id}.sum")
 }
 
+/// The sectors of page `number` that lie in an extent, one bit for each.
+fn sectors_of(number: u64, extent: Extent) -> u8 {
+    let page = Extent::new(number * PAGE_SECTORS, PAGE_SECTORS);
+    let Some(part) = page.intersect(&extent) else { return 0 };
+    let bits = (1u16 << part.sectors) - 1;
+    u8::try_from(bits << (part.start - page.start)).unwrap_or(u8::MAX)
+}
+
 /// What a page's checksum says in the file: zero is kept for pages that read as zero.
 fn page_sum(page: &[u8]) -> u64 {
     content_sum(page).max(1)
+}
+
+/// What the checksum file says of a page in which sectors are lost: no ordinary checksum of it.
+fn sum_with_lost(page: &[u8]) -> u64 {
+    (!page_sum(page)).max(1)
+}
+
+/// Puts the marks of lost sectors in place; bit *n* of `lost` is the page's sector *n*.
+pub(crate) fn mark_lost(page: &mut [u8], lost: u8) {
+    for (number, sector) in page.chunks_exact_mut(LOST_SECTOR.len()).enumerate() {
+        if lost & (1 << number) != 0 {
+            sector.copy_from_slice(&LOST_SECTOR);
+        }
+    }
+}
+
+/// The sectors that are lost of a page that is as it was put, one bit for each; none when it is
+/// damaged. A page whose every sector is lost is no damage: it says of itself what it lacks.
+fn lost_in(page: &[u8], sum: u64) -> Option<u8> {
+    if is_sound(page, sum) {
+        return Some(0);
+    }
+    let marked = sum != 0 && sum_with_lost(page) == sum;
+    marked.then(|| {
+        let sectors = page.chunks_exact(LOST_SECTOR.len()).enumerate();
+        sectors.filter(|(_, sector)| **sector == LOST_SECTOR).fold(0, |all, (n, _)| all | (1 << n))
+    })
 }
 
 /// Whether a page is what its checksum says. One without a checksum has to be a hole: a checksum
@@ -227,12 +276,25 @@ impl BaseDisk {
             .read_at(&mut pages, first * PAGE as u64)
             .doing(|| format!("reading base disk {}", self.id))?;
         for ((page, sum), number) in pages.chunks_exact(PAGE).zip(&sums).zip(first..) {
-            if !is_sound(page, *sum) && !mutants::is(Mutant::PageSumUnchecked) {
-                return Err(StoreError::Corrupt(format!(
-                    "sectors {}+{PAGE_SECTORS} of base disk {} do not have their checksum",
-                    number * PAGE_SECTORS,
-                    self.id
-                )));
+            if is_sound(page, *sum) || mutants::is(Mutant::PageSumUnchecked) {
+                continue;
+            }
+            let start = number * PAGE_SECTORS;
+            match lost_in(page, *sum) {
+                Some(lost) if lost & sectors_of(number, extent) == 0 => {}
+                Some(_) => {
+                    return Err(StoreError::Corrupt(format!(
+                        "in sectors {start}+{PAGE_SECTORS} of base disk {} some are lost, whose \
+                         content was damaged before it came there",
+                        self.id
+                    )));
+                }
+                None => {
+                    return Err(StoreError::Corrupt(format!(
+                        "sectors {start}+{PAGE_SECTORS} of base disk {} do not have their checksum",
+                        self.id
+                    )));
+                }
             }
         }
         let skip = usize::try_from((extent.start - first * PAGE_SECTORS) * SECTOR).unwrap_or(0);
@@ -337,16 +399,21 @@ impl BaseDisk {
         Ok(self.sums_of(number, 1)?.first().is_some_and(|sum| is_sound(page, *sum)))
     }
 
-    /// Puts whole pages in place; `bytes` begins at page `first`. Pages of zeros become holes. Not
-    /// durable until [`BaseDisk::sync`].
+    /// Puts whole pages in place; `bytes` begins at page `first`. Pages of zeros become holes. `lost`
+    /// says of each page which of its sectors are lost, one bit for each; [`mark_lost`] has marked
+    /// them. Not durable until [`BaseDisk::sync`].
     ///
     /// # Errors
     /// As the volume says.
-    pub(crate) fn put_pages(&self, first: u64, bytes: &[u8]) -> Result<()> {
+    pub(crate) fn put_pages(&self, first: u64, bytes: &[u8], lost: &[u8]) -> Result<()> {
         let doing = || format!("writing base disk {}", self.id);
         let mut sums = Vec::with_capacity(bytes.len() / PAGE);
-        for page in bytes.chunks_exact(PAGE) {
-            sums.push(if is_zero(page) { 0 } else { page_sum(page) });
+        for (page, lost) in bytes.chunks_exact(PAGE).zip(lost) {
+            sums.push(match lost {
+                0 if is_zero(page) => 0,
+                0 => page_sum(page),
+                _ => sum_with_lost(page),
+            });
         }
         let _moving = self.moving.write().unwrap_or_else(PoisonError::into_inner);
         let mut at = 0;
@@ -375,14 +442,40 @@ impl BaseDisk {
         self.sums.punch(first * SUM_LEN, pages * SUM_LEN).doing(doing)
     }
 
-    /// Reads one page whole.
+    /// Reads one page whole, and which of its sectors are lost, one bit for each. None when it is
+    /// damaged.
     ///
     /// # Errors
-    /// As [`BaseDisk::read`].
-    pub(crate) fn page(&self, number: u64) -> Result<AlignedBuf> {
+    /// As the volume says.
+    pub(crate) fn page(&self, number: u64) -> Result<Option<(AlignedBuf, u8)>> {
+        let _still = self.moving.read().unwrap_or_else(PoisonError::into_inner);
+        let sum = self.sums_of(number, 1)?.first().copied().unwrap_or(0);
         let mut page = AlignedBuf::zeroed(PAGE);
-        self.read(Extent::new(number * PAGE_SECTORS, PAGE_SECTORS), &mut page)?;
-        Ok(page)
+        // What is beyond the file's end was never written.
+        if sum != 0 || self.has_data(number, number + 1)? {
+            let doing = || format!("reading base disk {}", self.id);
+            self.raw.read_at(&mut page, number * PAGE as u64).doing(doing)?;
+        }
+        if mutants::is(Mutant::PageSumUnchecked) {
+            return Ok(Some((page, 0)));
+        }
+        Ok(lost_in(&page, sum).map(|lost| (page, lost)))
+    }
+
+    /// Makes room for `sectors`, durably, where the files are shorter: the disk has grown.
+    ///
+    /// # Errors
+    /// As the volume says.
+    pub(crate) fn grow(&self, sectors: u64) -> Result<()> {
+        let doing = || format!("sizing base disk {}", self.id);
+        let pages = sectors.div_ceil(PAGE_SECTORS);
+        for (file, len) in [(&self.raw, pages * PAGE as u64), (&self.sums, pages * SUM_LEN)] {
+            if file.size().doing(doing)? < len {
+                file.set_len(len).doing(doing)?;
+                file.sync().doing(doing)?;
+            }
+        }
+        Ok(())
     }
 
     /// Makes everything put in place durable.
@@ -414,7 +507,7 @@ mod tests {
         pages[..PAGE].fill(0x5a);
         pages[2 * PAGE..2 * PAGE + 512].fill(0xa5);
         let disk = base.disk(DiskNo(0)).unwrap();
-        disk.put_pages(0, &pages).unwrap();
+        disk.put_pages(0, &pages, &[0; 3]).unwrap();
         disk.sync().unwrap();
 
         let name = "ab".repeat(16);
@@ -424,5 +517,36 @@ mod tests {
         assert_eq!(hex, "4eda9dd95f6b88b7 0000000000000000 8160d69d81fc8d48".replace(' ', ""));
         let raw = std::fs::read(dir.path().join(format!("{name}.raw"))).unwrap();
         assert_eq!(raw, pages[..]);
+    }
+
+    #[test]
+    fn a_lost_sector_fails_its_own_reads_and_no_others() {
+        let dir = tempfile::tempdir().unwrap();
+        let base = Base::new(&Volume::new(Arc::new(OsFs)), dir.path(), &BufPool::new(1 << 20));
+        base.add(DiskNo(0), DiskId([0xab; 16]), 24).unwrap();
+        let disk = base.disk(DiskNo(0)).unwrap();
+        let mut pages = AlignedBuf::zeroed(2 * PAGE);
+        pages[..PAGE].fill(0x5a);
+        // The second page has what marks a lost sector as content of its own.
+        mark_lost(&mut pages[..PAGE], 0b0010_0100);
+        mark_lost(&mut pages[PAGE..], 0b1000_0000);
+        disk.put_pages(0, &pages, &[0b0010_0100, 0]).unwrap();
+        for sector in 0..16 {
+            let mut content = [0; 512];
+            let read = disk.read(Extent::new(sector, 1), &mut content);
+            assert_eq!(read.is_err(), [2, 5].contains(&sector), "sector {sector}");
+            if read.is_ok() {
+                let at = sector as usize * 512;
+                assert_eq!(content, pages[at..at + 512]);
+            }
+        }
+        assert_eq!(disk.page(0).unwrap().unwrap().1, 0b0010_0100);
+        assert_eq!(disk.page(1).unwrap().unwrap().1, 0);
+        assert_eq!(disk.page(2).unwrap().unwrap().1, 0);
+        assert_eq!(disk.check(0, 3).unwrap().0, [0]);
+
+        let sums = std::fs::read(dir.path().join(format!("{}.sum", "ab".repeat(16)))).unwrap();
+        let plain = content_sum(&pages[..PAGE]);
+        assert_eq!(sums[..8], (!plain).to_le_bytes());
     }
 }

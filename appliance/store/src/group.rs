@@ -52,7 +52,8 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use srn_core::epoch::{EpochTable, Position};
-use srn_core::ids::{CheckpointId, EpochId, FrameHash, GroupId, Seq};
+use srn_core::extent::Extent;
+use srn_core::ids::{CheckpointId, DiskNo, EpochId, FrameHash, GroupId, Seq};
 use srn_core::mutants::{self, Mutant};
 use srn_core::time::{Now, WallTime};
 
@@ -121,6 +122,11 @@ pub struct Options {
     pub unsealed_max: usize,
     /// Pieces of history that are merged into a layer at once; at least 2.
     pub layer_fan: usize,
+    /// Content in bytes that is moved to the base in one step, at most 32 MiB: it is held in memory
+    /// meanwhile.
+    pub slice_bytes: u64,
+    /// Index entries that are moved to the base in one step, at least 1.
+    pub slice_entries: usize,
 }
 
 impl Default for Options {
@@ -132,6 +138,8 @@ impl Default for Options {
             table_entries_max: 128 * 1024,
             unsealed_max: 4,
             layer_fan: 8,
+            slice_bytes: 8 << 20,
+            slice_entries: 1024,
         }
     }
 }
@@ -179,6 +187,10 @@ pub struct Group {
     pub(crate) frees_log: AtomicBool,
     /// Held while a maintenance step runs.
     pub(crate) maintaining: Mutex<()>,
+    /// Whether maintenance carries damaged content along, as damage.
+    carries: AtomicBool,
+    /// What it has carried along, until that is asked for.
+    carried: Mutex<Vec<(DiskNo, Extent)>>,
     /// The merging of pieces into layers; of its own, because it takes long.
     pub(crate) compacting: Mutex<compact::Compacting>,
     state: Mutex<State>,
@@ -205,8 +217,8 @@ pub(crate) struct State {
     /// Newer than the manifest's.
     pub(crate) acked: Seq,
     pub(crate) leases: view::Leases,
-    /// The base is on its way to this frame: what lies before it cannot be read any more.
-    pub(crate) retiring: Option<Seq>,
+    /// The base is on its way to a later frame: what lies before that cannot be read any more.
+    pub(crate) retiring: Option<retire::Retiring>,
 }
 
 /// The end of one line, and what is not in the manifest yet.
@@ -276,6 +288,9 @@ impl Checkpoint {
         self.mark.application && !self.note.unquiet
     }
 }
+
+/// The most content that is moved to the base in one step, in bytes.
+const SLICE_BYTES_MAX: u64 = 32 << 20;
 
 /// The most notes on checkpoints: each is part of every manifest that is written.
 const NOTES_MAX: usize = 10_000;
@@ -361,7 +376,7 @@ impl Group {
                     epochs: meta.epochs.clone(),
                     since: meta.since,
                     oldest: state.oldest(*id),
-                    base: state.manifest.base.as_ref().map(|base| base.catalog.clone()),
+                    base: state.oldest_point().cloned(),
                     catalog: line.catalog.clone(),
                 })
             })
@@ -512,13 +527,13 @@ impl Group {
     #[must_use]
     pub fn window_start(&self) -> Option<Position> {
         let state = self.lock();
-        let base = state.manifest.base.as_ref()?;
+        let oldest = state.oldest_point()?.at;
         let line = state.manifest.timelines.get(&state.manifest.main);
         let layer = line.and_then(|line| {
             let is_layer = |piece: &&PieceMeta| state.manifest.layers.contains_key(&piece.ordinal);
             line.pieces.iter().rev().find(is_layer).map(|piece| piece.last)
         });
-        Some(layer.unwrap_or(base.catalog.at))
+        Some(layer.map_or(oldest, |layer| if layer.seq > oldest.seq { layer } else { oldest }))
     }
 
     /// Bytes that the layers take: history of which only single points are kept.
@@ -548,7 +563,7 @@ impl Group {
                 .get(&line)
                 .map(|line| line.unsealed.iter().map(|open| open.table.clone()).collect())
                 .unwrap_or_default();
-            let base = state.manifest.base.as_ref().map(|base| base.catalog.at);
+            let base = state.oldest_point().map(|oldest| oldest.at);
             (runs, tables, state.manifest.notes.clone(), base)
         };
         let mut found = Vec::new();
@@ -703,6 +718,12 @@ impl Group {
 }
 
 impl State {
+    /// The group at the oldest position that can be recovered; none for a cache.
+    pub(crate) fn oldest_point(&self) -> Option<&Catalog> {
+        let ahead = self.retiring.as_ref().and_then(|retiring| retiring.behind.as_deref());
+        ahead.or_else(|| self.manifest.base.as_ref().map(|base| &base.catalog))
+    }
+
     /// The oldest readable frame of a line.
     pub(crate) fn oldest(&self, epoch: EpochId) -> Seq {
         // A layer has no frames any more, and nothing before it can be sent without it.
@@ -743,6 +764,12 @@ fn check_options(options: &Options) -> Result<()> {
     {
         return Err(StoreError::Invalid(format!(
             "a log segment must have {SEGMENT_BYTES_MIN} to {SEGMENT_BYTES_MAX} bytes, in pages"
+        )));
+    }
+    if options.slice_bytes > SLICE_BYTES_MAX || options.slice_entries == 0 {
+        return Err(StoreError::Invalid(format!(
+            "what is moved to the base at once must be at most {SLICE_BYTES_MAX} bytes, and not \
+             nothing"
         )));
     }
     // One being written, one ready, one being trimmed.

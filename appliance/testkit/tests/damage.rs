@@ -126,42 +126,68 @@ fn a_base_that_lost_its_files_is_not_read_as_zeros() {
     }
 }
 
+/// A group whose base holds its first writes, and whose next piece has the first page twice and another
+/// page behind it, which is damaged: the file and the place of the damage, and the positions behind the
+/// first write and the last.
+struct Torn {
+    group: Arc<Group>,
+    main: Appender,
+    file: PathBuf,
+    at: u64,
+    middle: Seq,
+    end: Seq,
+}
+
+fn torn(disk: &SimDisk, options: Options) -> Torn {
+    let _ = written(disk);
+    let opened = Group::open(&shared(disk, SEED), options, &dir(), now(100));
+    let Opened { group, mut main, .. } = opened.expect("it opens");
+    let before = main.head().seq;
+    while group.maintain(&Retention::from(before)).expect("work") == Worked::Something {}
+    let middle = write_page(&mut main, 0, 0x61);
+    write_page(&mut main, 0, 0x62);
+    let end = write_page(&mut main, 64, 0x63);
+    main.close_segment();
+    let (file, at) = place_of(disk, 0x63);
+    disk.rot(&file, at);
+    Torn { group, main, file, at, middle, end }
+}
+
+fn write_page(main: &mut Appender, start: u64, value: u8) -> Seq {
+    let data: bytes::Bytes = vec![value; 4096].into();
+    let sums = Sums::of(&data);
+    let change = Change::Write { disk: DiskNo(0), start, data, sums };
+    main.commit(&[change], now(101)).expect("room").head.seq
+}
+
+/// Where eight of these bytes lie in the log.
+fn place_of(disk: &SimDisk, value: u8) -> (PathBuf, u64) {
+    let place = |file: &PathBuf| read(disk, file).windows(8).position(|some| some == [value; 8]);
+    let mut all = files(disk, "log").into_iter();
+    all.find_map(|file| place(&file).map(|at| (file, at as u64))).expect("it is in the log")
+}
+
+/// Maintains until there is nothing to do, or as long as it goes.
+fn maintained(group: &Arc<Group>, retention: &Retention) -> srn_store::Result<()> {
+    while group.maintain(retention)? == Worked::Something {}
+    Ok(())
+}
+
 /// A retirement that meets damage halfway has changed a part of the base. Nobody reads what is a
 /// mixture, now or after a restart, the group can be opened, and the rest is finished when the damage
 /// is mended.
 #[test]
 fn a_retirement_that_meets_damage_halfway_is_finished_later() {
     let disk = SimDisk::new(SEED, 64 << 20);
-    let _ = written(&disk);
-    let Opened { group, mut main, .. } = open(&disk).expect("it opens");
-    let before = main.head().seq;
-    let write = |main: &mut Appender, start: u64, value: u8| {
-        let data: bytes::Bytes = vec![value; 4096].into();
-        let sums = Sums::of(&data);
-        let change = Change::Write { disk: DiskNo(0), start, data, sums };
-        main.commit(&[change], now(101)).expect("room").head.seq
-    };
-    while group.maintain(&Retention::from(before)).expect("work") == Worked::Something {}
-    // In one segment: the first page twice, and another page behind it, which is damaged.
-    let middle = write(&mut main, 0, 0x61);
-    write(&mut main, 0, 0x62);
-    let end = write(&mut main, 64, 0x63);
-    main.close_segment();
-    let is_last = |file: &PathBuf| read(&disk, file).windows(8).any(|some| some == [0x63; 8]);
-    let file = files(&disk, "log").into_iter().find(is_last).expect("its segment");
-    let at = read(&disk, &file).windows(8).position(|some| some == [0x63; 8]).expect("it is there");
-    disk.rot(&file, at as u64);
+    let options = Options { slice_entries: 1, ..options() };
+    let Torn { group, main, file, at, middle, end } = torn(&disk, options);
     let retention = Retention::from(Seq(u64::MAX));
     let check = |group: &Arc<Group>, when: &str| {
-        let refused = loop {
-            match group.maintain(&retention) {
-                Ok(Worked::Something) => {}
-                other => break other,
-            }
-        };
+        let refused = maintained(group, &retention);
         assert!(matches!(refused, Err(StoreError::Corrupt(_))), "{when}: {refused:?}");
         let view = group.view_at(middle).map(drop);
         assert!(matches!(view, Err(StoreError::NotInHistory(_))), "{when}: a mixture is shown");
+        assert_eq!(group.window_start().expect("a replica").seq, end, "{when}: what is shown");
         let view = group.view_at(end).expect("the end is there");
         let mut content = vec![0; 4096];
         view.read(DiskNo(0), Extent::new(0, 8), &mut content).expect("it is sound");
@@ -170,17 +196,67 @@ fn a_retirement_that_meets_damage_halfway_is_finished_later() {
     check(&group, "at first");
     check(&group, "again");
     drop((group, main));
-    let Opened { group, main, .. } = open(&disk).expect("it opens with a half retirement");
+    let opened = Group::open(&shared(&disk, SEED), options, &dir(), now(100));
+    let Opened { group, main, .. } = opened.expect("it opens with a half retirement");
     check(&group, "after a restart");
     // Mended: the rest is done, and the base is whole.
-    disk.rot(&file, at as u64);
-    while group.maintain(&retention).expect("work") == Worked::Something {}
+    disk.rot(&file, at);
+    maintained(&group, &retention).expect("work");
     let mut content = vec![0; 4096];
     let view = group.view_head().expect("a view");
     view.read(DiskNo(0), Extent::new(64, 8), &mut content).expect("it is sound");
     assert_eq!(content, [0x63; 4096]);
     assert_eq!(group.window_start().expect("a replica").seq, end);
     drop(main);
+}
+
+/// The base was changed before the whole of what was to be moved had been verified.
+#[test]
+fn damage_is_met_before_the_base_is_touched() {
+    let disk = SimDisk::new(SEED, 64 << 20);
+    let Torn { group, middle, .. } = torn(&disk, options());
+    let base = || files(&disk, "base").iter().map(|file| read(&disk, file)).collect::<Vec<_>>();
+    let before = base();
+    let refused = maintained(&group, &Retention::from(Seq(u64::MAX)));
+    assert!(matches!(refused, Err(StoreError::Corrupt(_))), "{refused:?}");
+    assert_eq!(base(), before, "the base, or an intent");
+    let view = group.view_at(middle).expect("nothing has changed");
+    let mut content = vec![0; 4096];
+    view.read(DiskNo(0), Extent::new(0, 8), &mut content).expect("it is sound");
+    assert_eq!(content, [0x61; 4096]);
+}
+
+/// A piece of many ragged pages was held in memory whole, and one of more than 4 GiB of them was refused
+/// for ever. A step moves no more than a slice, and whoever waits for it waits for no more.
+#[test]
+fn a_long_piece_is_moved_in_steps_of_bounded_size() {
+    let disk = SimDisk::new(SEED, 64 << 20);
+    let options = Options { slice_bytes: 16 << 10, slice_entries: 16, ..options() };
+    let _ = written(&disk);
+    let opened = Group::open(&shared(&disk, SEED), options, &dir(), now(100));
+    let Opened { group, mut main, .. } = opened.expect("it opens");
+    // A sector in each page: every page is ragged.
+    for page in 0..SECTORS / 8 {
+        let data: bytes::Bytes = vec![page as u8 | 0x80; 512].into();
+        let sums = Sums::of(&data);
+        let change = Change::Write { disk: DiskNo(0), start: page * 8 + 3, data, sums };
+        main.commit(&[change], now(101)).expect("room");
+    }
+    main.close_segment();
+    let expected = contents(&group.view_head().expect("a view"), DISKS, SECTORS).expect("content");
+    let retention = Retention::from(Seq(u64::MAX));
+    let intent = dir().join("base/retire.intent");
+    let mut slices = 0;
+    while group.maintain(&retention).expect("work") == Worked::Something {
+        if files(&disk, "base").contains(&intent) {
+            slices += 1;
+            assert!(read(&disk, &intent).len() < 32 << 10, "an intent of more than a slice");
+        }
+        let found = contents(&group.view_head().expect("a view"), DISKS, SECTORS);
+        assert!(found.expect("content") == expected, "after slice {slices}");
+    }
+    assert!(slices >= SECTORS / 8 / 16, "{slices} slices");
+    assert_eq!(group.window_start().expect("a replica").seq, main.head().seq);
 }
 
 /// A damaged stretch of history is not merged and not passed over; the others are.

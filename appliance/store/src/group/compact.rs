@@ -198,7 +198,12 @@ impl Group {
         };
         // Retirement may have been quicker: then there is nothing left to merge. Or a point is to be
         // kept by now that was not when this was planned.
-        if !self.lock().has_pieces(&job.window.pieces) || !job.window.heeds(retention) {
+        let is_there = {
+            let state = self.lock();
+            let retires = job.window.pieces.iter().any(|piece| state.is_retiring(piece));
+            !retires && state.has_pieces(&job.window.pieces)
+        };
+        if !is_there || !job.window.heeds(retention) {
             return Ok(Worked::Something);
         }
         match self.step(&mut job) {
@@ -330,7 +335,7 @@ impl Group {
             *entries = 0;
         };
         for piece in &line.pieces {
-            if piece.last.seq <= floor {
+            if piece.last.seq <= floor || state.is_retiring(piece) {
                 continue;
             }
             if piece.last.seq > until {
@@ -604,6 +609,11 @@ impl State {
     fn has_pieces(&self, pieces: &[PieceMeta]) -> bool {
         let line = self.manifest.timelines.get(&self.manifest.main);
         line.is_some_and(|line| pieces.iter().all(|piece| line.pieces.contains(piece)))
+    }
+
+    /// Whether a piece is on its way to the base: it stays what it is until it is there.
+    fn is_retiring(&self, piece: &PieceMeta) -> bool {
+        self.retiring.as_ref().is_some_and(|retiring| piece.last.seq <= retiring.to.seq)
     }
 
     /// The last position that nobody needs: neither the policy, nor a reader, nor another line.

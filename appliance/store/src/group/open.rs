@@ -22,7 +22,6 @@ use srn_core::time::{LogClock, Now};
 
 use super::append::Appender;
 use super::fork::begin_epoch;
-use super::retire::INTENT;
 use super::view::{Leases, decode_catalog};
 use super::{
     BASE_DIR, DIRS, Group, INDEX_DIR, LAYER_DIR, LOG_DIR, Line, Options, Shared, State, Unsealed,
@@ -124,10 +123,12 @@ impl Group {
             damage_seen: false.into(),
             frees_log: false.into(),
             maintaining: Mutex::new(()),
+            carries: false.into(),
+            carried: Mutex::default(),
             compacting: Mutex::default(),
             state: Mutex::new(state),
         });
-        group.redo_or_remember()?;
+        group.resume_retirement()?;
         group.sweep()?;
         group.recover(&mut loose, now)
     }
@@ -417,9 +418,12 @@ impl Group {
             }
         }
         let dir = self.dir.join(BASE_DIR);
+        // While a retirement is under way there may be disks in the base that the manifest does not
+        // know yet.
+        let under_way = self.lock().retiring.is_some();
         for name in list(&dir)? {
-            let is_needed = name == INTENT && self.lock().retiring.is_some();
-            if !base.contains(&name) && !is_needed {
+            let is_left_over = Path::new(&name).extension().is_some_and(|end| end == "tmp");
+            if is_left_over || !(base.contains(&name) || under_way) {
                 let _ = volume.remove(&dir.join(&name));
             }
         }

@@ -91,7 +91,7 @@ impl Group {
         if !proven {
             return Ok(Repaired::NotTheSame);
         }
-        base.put_pages(page, &whole)?;
+        base.put_pages(page, &whole, &[0])?;
         base.sync()?;
         Ok(Repaired::Yes)
     }

@@ -1,37 +1,55 @@
-//! Moving the oldest part of the main line into the base.
+//! Moving the oldest part of the main line into the base, slice by slice.
 //!
-//! The order that makes it survive a crash at any point:
-//! 1. the pieces to retire are read and every byte verified; pages of which only a part changes are
-//!    put together whole;
-//! 2. those pages are written to an *intent* file, which is synced;
-//! 3. the base is written and synced; until it is published, readers see these pages through the
-//!    log, so what is half-written is seen by nobody;
-//! 4. the manifest is published with the base at its new position and without the pieces;
-//! 5. the intent is removed; the segment files become free when their last reader is gone.
+//! A piece may be a layer of any length. It is moved in *slices*: a bounded number of index entries and
+//! bytes in the order of disks and sectors, each slice in one maintenance step. Appender and failover
+//! wait for one slice at most, and no more than one is in memory.
 //!
-//! After a crash between 2 and 4 the same is done again from the same pieces and the intent: whole
-//! pages come from the log again, partial ones from the intent, whatever state the base is in.
+//! **Invariant.** While a piece is half in the base, the base claims its old position, and nobody reads
+//! a position before the piece's end ([`Retiring`]): what the base holds of the piece is seen only
+//! through the piece itself, which shadows it until it is dropped. So a slice may be written again at any
+//! time, whatever a crash has left of it; but for sectors that share a page with what changes. These are
+//! in the base alone, and their pages are in the intent before the base is touched. The intent also says
+//! where the slice begins: everything of the piece before that place is in the base, durably.
+//!
+//! The order of one slice, which makes it survive a crash at any point:
+//! 1. all of it is read and every byte verified; pages of which only a part changes are put together
+//!    whole. What is damaged stops it here, before anything is changed;
+//! 2. the *intent* is put in place, durably: those pages, and where the slice begins;
+//! 3. the base is written and synced;
+//! 4. behind the last slice the manifest is published with the base at its new position and without the
+//!    piece, and the intent is removed; the files become free when their last reader is gone.
+//!
+//! After a crash the pages of the intent are put in place again, and its slice is done anew. What breaks
+//! first when this is wrong: the simulation `store`, with slices of a few sectors.
+//!
+//! **Damage.** What is damaged in the piece is repaired by others, if it can be. When that was tried
+//! ([`Group::carry_damage`]) it is carried along: its sectors are *lost* in the base. Reads of them fail
+//! as before, no others do, and they are found by each scrub until a repair or a write takes their place.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Arc;
+mod intent;
+mod slice;
 
-use srn_core::bytes::{Reader, Truncated, Writer};
+use std::collections::BTreeSet;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
+
 use srn_core::epoch::Position;
 use srn_core::extent::Extent;
 use srn_core::ids::{DiskNo, Seq};
-use srn_core::limits::{DISK_SECTORS_MAX, PAGE, PAGE_SECTORS, SECTOR};
 use srn_core::mutants::{self, Mutant};
 
 use super::maintain::Worked;
 use super::view::decode_catalog;
 use super::{BASE_DIR, Group, LAYER_DIR};
-use crate::base::{Base, BaseDisk};
-use crate::catalog::{Catalog, position, put_position};
+use crate::base::Base;
+use crate::catalog::Catalog;
 use crate::durable;
 use crate::error::{Result, StoreError};
-use crate::index::{Item, Merge, Place, Run};
-use crate::io::{AlignedBuf, Fs};
+use crate::index::Run;
+use crate::io::Fs;
 use crate::manifest::{BaseMeta, Manifest, PieceMeta};
+use intent::{INTENT, INTENT_MAX, Intent};
+use slice::Slice;
 
 /// What has to stay recoverable. The caller decides; the store only makes sure that nobody who
 /// holds on to a position loses it.
@@ -63,256 +81,270 @@ impl Retention {
     }
 }
 
-/// Bytes written to the base at once.
-const GATHER: usize = 1 << 20;
+/// Stretches of damage that are remembered until somebody is told.
+const CARRIED_MAX: usize = 1000;
 
-/// The intent's file name and most bytes: a segment of sector-sized random writes makes a page of
-/// each.
-pub(super) const INTENT: &str = "retire.intent";
-const INTENT_MAX: u64 = 4 << 30;
-
-/// A page that is only partly changed, put together whole.
-struct WholePage {
+/// Where a retirement goes on: what the piece has before this page is in the base.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct PageAt {
     disk: DiskNo,
     page: u64,
-    bytes: AlignedBuf,
 }
 
-/// What retiring a piece takes.
-struct Prepared {
+impl PageAt {
+    const START: Self = Self { disk: DiskNo(0), page: 0 };
+}
+
+/// A retirement under way. No position before its end is read from now on.
+#[derive(Debug, Clone)]
+pub(crate) struct Retiring {
+    /// The last frame of the piece.
+    pub(crate) to: Position,
+    /// The group there, once it is known.
+    pub(crate) behind: Option<Arc<Catalog>>,
+    next: PageAt,
+    stage: Stage,
+}
+
+/// What a retirement moves, and where to.
+struct UnderWay {
+    piece: PieceMeta,
+    base: Arc<Base>,
     run: Arc<Run>,
-    behind: Catalog,
-    partial: Vec<WholePage>,
-    intent: Vec<u8>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    /// Nothing of the base has changed.
+    Planned,
+    /// There is an intent, and the base is sound.
+    Between,
+    /// There is an intent, and the base may be torn where it says so.
+    Writing,
 }
 
 impl Group {
-    /// Retires the oldest piece of the main line, if `retention` and all readers allow.
+    /// Moves the next slice of the oldest piece of the main line, if `retention` and all readers allow.
     ///
     /// # Errors
-    /// [`StoreError::Corrupt`] when a piece to retire is damaged: it stays where it is. As the
-    /// volume says.
+    /// [`StoreError::Corrupt`] when something in the slice is damaged and is not to be carried along:
+    /// nothing was changed. As the volume says.
     pub(super) fn retire_oldest(self: &Arc<Self>, retention: &Retention) -> Result<Worked> {
-        if self.lock().retiring.is_some() {
-            if retention.keeps_all() {
-                return Ok(Worked::Nothing);
-            }
-            // One that failed halfway, for want of room or for damage: the base holds a part of it
-            // already, so it comes before all others, whatever is to be kept by now.
-            self.redo_retirement()?;
-            self.lock().retiring = None;
-            return Ok(Worked::Something);
+        let under_way = self.lock().retiring.is_some();
+        // One that has begun comes before all others, whatever is to be kept by now.
+        if under_way && retention.keeps_all() || !under_way && !self.plan_retirement(retention) {
+            return Ok(Worked::Nothing);
         }
-        let Some((piece, base)) = self.retirable(retention) else { return Ok(Worked::Nothing) };
-        let prepared = self.prepare(&piece, &base);
-        if prepared.is_err() {
-            // Nothing of the base has changed.
-            self.lock().retiring = None;
-        }
-        let Prepared { run, behind, partial, intent } = prepared?;
-        let dir = self.dir.join(BASE_DIR);
-        if !mutants::is(Mutant::RetireWithoutIntent) {
-            let written = durable::replace(&self.shared.volume, &dir, INTENT, &intent);
-            if written.is_err() {
-                self.lock().retiring = None;
-            }
-            written?;
-        }
-        self.apply(&base, &run, &partial)?;
-        self.finish_retirement(&base, &piece, behind)?;
+        self.retire_slice()?;
         Ok(Worked::Something)
     }
 
-    /// What retiring a piece takes, read and put together; nothing is changed yet.
-    fn prepare(&self, piece: &PieceMeta, base: &Base) -> Result<Prepared> {
-        let run = self.lock().run_of(piece)?;
-        let behind = decode_catalog(&run.catalog()?)?;
-        self.open_disks(base, &behind)?;
-        let partial = self.partial_pages(base, &run)?;
-        let intent = encode_intent(&piece.last, &partial);
-        if intent.len() as u64 > INTENT_MAX {
-            return Err(StoreError::Invalid("a segment has too many partial pages".into()));
-        }
-        Ok(Prepared { run, behind, partial, intent })
+    /// Whether maintenance carries damaged content along from now on. Whoever says so has had it looked
+    /// for and has tried to repair it.
+    pub fn carry_damage(&self, carry: bool) {
+        self.carries.store(carry, Ordering::Relaxed);
     }
 
-    /// Goes on opening with a retirement that cannot be finished now: what the base holds of it is
-    /// shadowed by the log, and what lies before its end cannot be read until it is.
-    pub(super) fn redo_or_remember(self: &Arc<Self>) -> Result<()> {
-        let why = match self.redo_retirement() {
-            Err(error @ (StoreError::Corrupt(_) | StoreError::Full(_))) => error,
-            done => return done,
+    /// What maintenance has carried along as damage since this was last asked.
+    #[must_use]
+    pub fn take_carried(&self) -> Vec<(DiskNo, Extent)> {
+        std::mem::take(&mut *self.carried.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Maintenance has met damage: what to do about it is for others to say.
+    pub(super) fn meets_damage(&self, disk: DiskNo, extent: Extent) -> bool {
+        self.damage_seen.store(true, Ordering::Relaxed);
+        let carries = self.carries.load(Ordering::Relaxed);
+        if carries {
+            let mut carried = self.carried.lock().unwrap_or_else(PoisonError::into_inner);
+            let has_room = carried.len() < CARRIED_MAX;
+            match carried.last_mut() {
+                Some((same, last)) if *same == disk && last.end() == extent.start => {
+                    last.sectors += extent.sectors;
+                }
+                _ if has_room => carried.push((disk, extent)),
+                _ => {}
+            }
+        }
+        carries
+    }
+
+    /// Finds the piece to retire next. From here on nobody begins to read inside of it: the base
+    /// changes under whoever did.
+    fn plan_retirement(&self, retention: &Retention) -> bool {
+        let mut state = self.lock();
+        if state.base.is_none() {
+            return false;
+        }
+        let main = state.manifest.main;
+        let line = state.manifest.timelines.get(&main);
+        let Some(to) = line.and_then(|line| line.pieces.first()).map(|piece| piece.last) else {
+            return false;
         };
-        let first = {
-            let state = self.lock();
-            let line = state.manifest.timelines.get(&state.manifest.main);
-            line.and_then(|line| line.pieces.first()).map(|piece| piece.last)
+        if to.seq > state.floor(retention) {
+            return false;
+        }
+        let (next, stage) = (PageAt::START, Stage::Planned);
+        state.retiring = Some(Retiring { to, behind: None, next, stage });
+        true
+    }
+
+    /// The piece that is being retired, and the base; none when it is in the base already.
+    fn under_way(&self, to: Position) -> Result<Option<UnderWay>> {
+        let state = self.lock();
+        let line = state.manifest.timelines.get(&state.manifest.main);
+        let first = line.and_then(|line| line.pieces.first()).filter(|piece| piece.last == to);
+        let reached = state.manifest.base.as_ref().is_none_or(|base| base.catalog.at.seq >= to.seq);
+        match (first, &state.base) {
+            (Some(piece), Some(base)) => {
+                let (run, base) = (state.run_of(piece)?, base.clone());
+                Ok(Some(UnderWay { piece: *piece, base, run }))
+            }
+            _ if reached => Ok(None),
+            _ => Err(StoreError::Corrupt(format!(
+                "the history that was being given up, up to frame {}, is not where it was",
+                to.seq
+            ))),
+        }
+    }
+
+    /// Does one slice of the retirement under way.
+    fn retire_slice(self: &Arc<Self>) -> Result<()> {
+        let Some(at) = self.lock().retiring.clone() else { return Ok(()) };
+        let Some(UnderWay { piece, base, run }) = self.under_way(at.to)? else {
+            self.forget_intent();
+            self.lock().retiring = None;
+            return Ok(());
         };
-        // A damaged intent says nothing about the base, and is no reason to go on.
-        match (self.intent_of(), first) {
-            (Some(to), Some(first)) if to == first => {
-                log::error!("group {}: history that was to be given up stays: {why}", self.id);
-                self.lock().retiring = Some(to.seq);
+        let prepared = (|| {
+            let behind = match &at.behind {
+                Some(known) => known.clone(),
+                None => {
+                    let behind = Arc::new(decode_catalog(&run.catalog()?)?);
+                    self.open_disks(&base, &behind)?;
+                    behind
+                }
+            };
+            if at.stage == Stage::Writing {
+                self.replay(&base)?;
+            }
+            Ok((self.slice(&run, &base, at.next)?, behind))
+        })();
+        let Ok((slice, behind)) = prepared else {
+            if at.stage == Stage::Planned {
+                self.lock().retiring = None;
+            }
+            return prepared.map(drop);
+        };
+        let at = Retiring { behind: Some(behind.clone()), ..at };
+        self.write_intent(&at, &slice)?;
+        self.lock().retiring = Some(Retiring { stage: Stage::Writing, ..at.clone() });
+        slice.write()?;
+        match slice.until() {
+            // Only now: what was written is durable.
+            Some(next) => {
+                self.lock().retiring = Some(Retiring { next, stage: Stage::Between, ..at });
                 Ok(())
             }
-            _ => Err(why),
+            None => self.finish_retirement(&base, &piece, Arc::unwrap_or_clone(behind)),
         }
     }
 
-    /// Where the retirement leads whose intent is there and sound.
-    fn intent_of(&self) -> Option<Position> {
-        let path = self.dir.join(BASE_DIR).join(INTENT);
-        let bytes = durable::read(&self.shared.volume, &path, INTENT_MAX).ok()?;
-        decode_intent(&bytes).map(|(to, _)| to)
-    }
-
-    /// Does again what a crash or a failure has interrupted.
-    pub(super) fn redo_retirement(self: &Arc<Self>) -> Result<()> {
-        let dir = self.dir.join(BASE_DIR);
-        let volume = &self.shared.volume;
-        if !volume.list(&dir).unwrap_or_default().iter().any(|name| name == INTENT) {
+    /// Puts the intent of a slice in place, durably.
+    fn write_intent(&self, at: &Retiring, slice: &Slice) -> Result<()> {
+        if mutants::is(Mutant::RetireWithoutIntent) {
             return Ok(());
         }
-        let bytes = durable::read(volume, &dir.join(INTENT), INTENT_MAX)?;
-        let (to, partial) = decode_intent(&bytes)
-            .ok_or_else(|| StoreError::Corrupt(format!("{INTENT} of group {}", self.id)))?;
-        let (piece, base) = {
-            let state = self.lock();
-            let main = state.manifest.main;
-            let first = state
-                .manifest
-                .timelines
-                .get(&main)
-                .and_then(|line| line.pieces.first())
-                .filter(|piece| piece.last == to)
-                .copied();
-            (first, state.base.clone())
+        let next = match slice.until() {
+            Some(until) if mutants::is(Mutant::SliceCursorEarly) => until,
+            _ => at.next,
         };
-        // Without the piece it was published already.
-        if let (Some(piece), Some(base)) = (piece, base) {
-            let run = self.lock().run_of(&piece)?;
-            let behind = decode_catalog(&run.catalog()?)?;
-            self.open_disks(&base, &behind)?;
-            self.apply(&base, &run, &partial)?;
-            self.finish_retirement(&base, &piece, behind)?;
-        } else {
-            let _ = volume.remove(&dir.join(INTENT));
+        let intent = intent::encode(&at.to, next, slice.partial());
+        let dir = self.dir.join(BASE_DIR);
+        let written = durable::replace(&self.shared.volume, &dir, INTENT, &intent);
+        if written.is_err() && at.stage == Stage::Planned && !self.has_intent() {
+            self.lock().retiring = None;
+        }
+        written
+    }
+
+    fn has_intent(&self) -> bool {
+        let names = self.shared.volume.list(&self.dir.join(BASE_DIR));
+        names.is_ok_and(|names| names.iter().any(|name| name == INTENT))
+    }
+
+    fn forget_intent(&self) {
+        // Harmless if it stays: the piece it is about is gone.
+        let _ = self.shared.volume.remove(&self.dir.join(BASE_DIR).join(INTENT));
+    }
+
+    fn read_intent(&self) -> Result<Intent> {
+        let path = self.dir.join(BASE_DIR).join(INTENT);
+        let bytes = durable::read(&self.shared.volume, &path, INTENT_MAX)?;
+        let damaged = || StoreError::Corrupt(format!("{INTENT} of group {}", self.id));
+        intent::decode(&bytes).ok_or_else(damaged)
+    }
+
+    /// Puts the pages of the intent in place: what was torn in them is whole again.
+    fn replay(&self, base: &Base) -> Result<()> {
+        if !self.has_intent() {
+            return Ok(());
+        }
+        for page in self.read_intent()?.pages {
+            // A disk that was removed meanwhile has no base any more.
+            if let Some(disk) = base.disk(page.disk) {
+                disk.put_pages(page.page, &page.bytes, &[page.lost])?;
+                disk.sync()?;
+            }
         }
         Ok(())
     }
 
-    /// The piece to retire next. From here on nobody begins to read inside of it: the base changes
-    /// under whoever did.
-    fn retirable(&self, retention: &Retention) -> Option<(PieceMeta, Arc<Base>)> {
-        let mut state = self.lock();
-        let base = state.base.clone()?;
-        let main = state.manifest.main;
-        let piece = *state.manifest.timelines.get(&main)?.pieces.first()?;
-        let floor = state.floor(retention);
-        if piece.last.seq > floor {
-            return None;
+    /// Goes on with a retirement that a crash has interrupted: does the slice that it was in anew. When
+    /// that cannot be done now, for want of room or for damage, opening goes on: the base may be torn
+    /// only where the intent says so or the piece shadows it, and the slice is done first of all later.
+    ///
+    /// # Errors
+    /// [`StoreError::Corrupt`] when the intent itself is damaged: it says nothing about the base, and
+    /// there is no way to go on. As the volume says.
+    pub(super) fn resume_retirement(self: &Arc<Self>) -> Result<()> {
+        if !self.has_intent() {
+            return Ok(());
         }
-        state.retiring = Some(piece.last.seq);
-        Some((piece, base))
+        let Intent { to, next, .. } = self.read_intent()?;
+        self.under_way(to).map(drop)?;
+        self.lock().retiring = Some(Retiring { to, behind: None, next, stage: Stage::Writing });
+        match self.retire_slice() {
+            Err(error @ (StoreError::Corrupt(_) | StoreError::Full(_))) => {
+                log::error!("group {}: history that was to be given up stays: {error}", self.id);
+                Ok(())
+            }
+            done => done,
+        }
     }
 
     fn open_disks(&self, base: &Base, catalog: &Catalog) -> Result<()> {
         for (no, disk) in &catalog.disks {
-            if base.disk(*no).is_none() {
-                base.add(*no, disk.id, disk.sectors)?;
+            match base.disk(*no) {
+                Some(known) => known.grow(disk.sectors)?,
+                None => base.add(*no, disk.id, disk.sectors)?,
             }
         }
         Ok(())
-    }
-
-    /// Puts together the pages of which `run` covers only a part.
-    fn partial_pages(&self, base: &Base, run: &Run) -> Result<Vec<WholePage>> {
-        let mut pages: Vec<WholePage> = Vec::new();
-        for item in Merge::new([run.iter()])? {
-            let (disk, extent, place) = item?;
-            let Some(target) = base.disk(disk) else { continue };
-            for part in ragged_parts(extent) {
-                let page = part.start / PAGE_SECTORS;
-                let same = pages.last().is_some_and(|last| last.disk == disk && last.page == page);
-                if !same {
-                    pages.push(WholePage { disk, page, bytes: target.page(page)? });
-                }
-                let Some(whole) = pages.last_mut() else { continue };
-                let from = byte(part.start % PAGE_SECTORS);
-                let to = from + byte(part.sectors);
-                let out = whole.bytes.get_mut(from..to).unwrap_or_default();
-                let skip = part.start - extent.start;
-                self.content(&srn_core::extent::Slice::slice(&place, skip, part.sectors), out)?;
-            }
-        }
-        Ok(pages)
-    }
-
-    /// Writes everything that `run` says to the base, and syncs it.
-    fn apply(&self, base: &Base, run: &Run, partial: &[WholePage]) -> Result<()> {
-        let mut gathered = Gathered { buf: AlignedBuf::zeroed(GATHER), filled: 0, at: None };
-        for item in Merge::new([run.iter()])? {
-            let (no, extent, place): Item = item?;
-            // A disk that was removed meanwhile has no base any more.
-            let Some(disk) = base.disk(no) else { continue };
-            let Some(whole) = whole_pages(extent) else { continue };
-            let skip = whole.start - extent.start;
-            let place = srn_core::extent::Slice::slice(&place, skip, whole.sectors);
-            if matches!(place, Place::Zero { .. }) {
-                gathered.flush()?;
-                disk.zero_pages(whole.start / PAGE_SECTORS, whole.sectors / PAGE_SECTORS)?;
-            } else {
-                let out = gathered.room(&disk, no, whole)?;
-                self.content(&place, out)?;
-            }
-        }
-        gathered.flush()?;
-        for whole in partial {
-            if let Some(disk) = base.disk(whole.disk) {
-                disk.put_pages(whole.page, &whole.bytes)?;
-            }
-        }
-        let touched: BTreeMap<DiskNo, Arc<BaseDisk>> = (0..run_disks(run)?)
-            .filter_map(|no| Some((DiskNo(no), base.disk(DiskNo(no))?)))
-            .collect();
-        for disk in touched.values().filter(|_| !mutants::is(Mutant::BaseNotSynced)) {
-            disk.sync()?;
-        }
-        Ok(())
-    }
-
-    /// The verified content of a place.
-    fn content(&self, place: &Place, out: &mut [u8]) -> Result<()> {
-        let Place::Block { segment, .. } = place else {
-            out.fill(0);
-            return Ok(());
-        };
-        let content = self.lock().content(*segment)?;
-        super::view::read_block(&self.shared.pool, &content, place, out)
     }
 
     fn finish_retirement(&self, base: &Base, piece: &PieceMeta, behind: Catalog) -> Result<()> {
         let gone: Vec<DiskNo> = {
             let state = self.lock();
             let before = state.manifest.base.as_ref().map(|base| &base.catalog);
-            before
-                .map(|before| {
-                    before
-                        .disks
-                        .keys()
-                        .filter(|no| !behind.disks.contains_key(no))
-                        .copied()
-                        .collect()
-                })
-                .unwrap_or_default()
+            let before = before.into_iter().flat_map(|before| before.disks.keys());
+            before.filter(|no| !behind.disks.contains_key(no)).copied().collect()
         };
         self.drop_first_piece(piece, Some(BaseMeta { catalog: behind }))?;
         for no in gone {
             base.remove(no);
         }
-        let dir = self.dir.join(BASE_DIR);
-        // Harmless if it stays: the piece it is about is gone.
-        let _ = self.shared.volume.remove(&dir.join(INTENT));
+        self.forget_intent();
         Ok(())
     }
 
@@ -379,189 +411,5 @@ impl Group {
             let path = self.dir.join(LAYER_DIR).join(crate::layer::file_name(ordinal));
             let _ = self.shared.volume.remove(&path);
         }
-    }
-}
-
-/// One more than the highest disk number in a run.
-fn run_disks(run: &Run) -> Result<u32> {
-    let catalog = decode_catalog(&run.catalog()?)?;
-    Ok(catalog.next_disk)
-}
-
-/// Pages gathered for one write.
-struct Gathered {
-    buf: AlignedBuf,
-    filled: usize,
-    at: Option<(Arc<BaseDisk>, DiskNo, u64)>,
-}
-
-impl Gathered {
-    /// Room for the content of `extent`, which is made of whole pages.
-    fn room(&mut self, disk: &Arc<BaseDisk>, no: DiskNo, extent: Extent) -> Result<&mut [u8]> {
-        let first = extent.start / PAGE_SECTORS;
-        let len = byte(extent.sectors);
-        let follows = self.at.as_ref().is_some_and(|(_, same, start)| {
-            *same == no && start + (self.filled / PAGE) as u64 == first
-        });
-        if !follows || self.filled + len > self.buf.len() {
-            self.flush()?;
-            self.at = Some((disk.clone(), no, first));
-        }
-        let from = self.filled;
-        self.filled += len;
-        self.buf
-            .get_mut(from..from + len)
-            .ok_or_else(|| StoreError::Corrupt("an index entry is too long".into()))
-    }
-
-    fn flush(&mut self) -> Result<()> {
-        if let Some((disk, _, first)) = self.at.take() {
-            disk.put_pages(first, self.buf.get(..self.filled).unwrap_or_default())?;
-        }
-        self.filled = 0;
-        Ok(())
-    }
-}
-
-fn byte(sectors: u64) -> usize {
-    usize::try_from(sectors * SECTOR).unwrap_or(usize::MAX)
-}
-
-/// The whole pages inside an extent.
-fn whole_pages(extent: Extent) -> Option<Extent> {
-    let start = extent.start.next_multiple_of(PAGE_SECTORS);
-    let end = extent.end() / PAGE_SECTORS * PAGE_SECTORS;
-    (start < end).then(|| Extent::new(start, end - start))
-}
-
-/// The parts of an extent outside its whole pages: at most two, each inside one page.
-fn ragged_parts(extent: Extent) -> impl Iterator<Item = Extent> {
-    let whole = whole_pages(extent);
-    let parts = match whole {
-        Some(whole) => [
-            Extent::new(extent.start, whole.start - extent.start),
-            Extent::new(whole.end(), extent.end() - whole.end()),
-        ],
-        None => {
-            // No whole page inside: it lies in one page or straddles one boundary.
-            let boundary = (extent.start + 1).next_multiple_of(PAGE_SECTORS).min(extent.end());
-            [
-                Extent::new(extent.start, boundary - extent.start),
-                Extent::new(boundary, extent.end() - boundary),
-            ]
-        }
-    };
-    parts.into_iter().filter(|part| part.sectors > 0)
-}
-
-const INTENT_MAGIC: [u8; 4] = *b"SRNi";
-
-fn encode_intent(to: &Position, pages: &[WholePage]) -> Vec<u8> {
-    let mut out = Vec::with_capacity(64 + pages.len() * (PAGE + 12));
-    out.put(&INTENT_MAGIC);
-    out.put_u32(1);
-    put_position(&mut out, to);
-    out.put_u64(pages.len() as u64);
-    for page in pages {
-        out.put_u32(page.disk.0);
-        out.put_u64(page.page);
-        out.put(&page.bytes);
-    }
-    let hash = blake3::hash(&out);
-    out.put(hash.as_bytes());
-    out
-}
-
-fn decode_intent(bytes: &[u8]) -> Option<(Position, Vec<WholePage>)> {
-    let (body, hash) = bytes.split_last_chunk::<32>()?;
-    if blake3::hash(body).as_bytes() != hash {
-        return None;
-    }
-    let mut reader = Reader::new(body);
-    let mut read = || {
-        let magic: [u8; 4] = reader.array()?;
-        let version = reader.u32()?;
-        let to = position(&mut reader)?;
-        let count = reader.u64()?;
-        let mut pages = Vec::new();
-        let mut in_range = true;
-        for _ in 0..count {
-            let disk = DiskNo(reader.u32()?);
-            let page = reader.u64()?;
-            in_range &= page < DISK_SECTORS_MAX / PAGE_SECTORS;
-            let mut whole = AlignedBuf::zeroed(PAGE);
-            whole.copy_from_slice(reader.take(PAGE)?);
-            pages.push(WholePage { disk, page, bytes: whole });
-        }
-        let sound = magic == INTENT_MAGIC && version == 1 && in_range;
-        Ok::<_, Truncated>((sound, to, pages))
-    };
-    match read() {
-        Ok((true, to, pages)) => Some((to, pages)),
-        _ => None,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// A page number whose place in bytes is beyond all numbers was multiplied as it was.
-    #[test]
-    fn an_intent_for_a_page_beyond_any_disk_is_refused() {
-        let to = Position {
-            epoch: srn_core::ids::EpochId([1; 16]),
-            seq: Seq(2),
-            hash: srn_core::ids::FrameHash([3; 16]),
-        };
-        let intent = |page: u64| {
-            let bytes = AlignedBuf::zeroed(PAGE);
-            encode_intent(&to, &[WholePage { disk: DiskNo(0), page, bytes }])
-        };
-        let last = DISK_SECTORS_MAX / PAGE_SECTORS - 1;
-        assert!(decode_intent(&intent(last)).is_some());
-        for page in [last + 1, u64::MAX / PAGE as u64 + 1, u64::MAX] {
-            assert!(decode_intent(&intent(page)).is_none(), "page {page}");
-        }
-    }
-
-    #[test]
-    fn intent_bytes_are_pinned() {
-        let hex = |bytes: &[u8]| -> String { bytes.iter().map(|b| format!("{b:02x}")).collect() };
-        let to = Position {
-            epoch: srn_core::ids::EpochId([1; 16]),
-            seq: Seq(9),
-            hash: srn_core::ids::FrameHash([3; 16]),
-        };
-        let mut bytes = AlignedBuf::zeroed(PAGE);
-        bytes.fill(0x5a);
-        let pages = [WholePage { disk: DiskNo(2), page: 0x102, bytes }];
-        let intent = encode_intent(&to, &pages);
-        let front = "53524e69 01000000 01010101010101010101010101010101 0900000000000000 \
-                     03030303030303030303030303030303 0100000000000000 02000000 0201000000000000";
-        assert_eq!(hex(&intent[..68]), front.replace(' ', ""));
-        assert!(intent[68..68 + PAGE].iter().all(|byte| *byte == 0x5a));
-        let hash = "909b8ee3f46304031126b57774ad1f1a70e9a5c6244a4a7dae16654abc6e6a58";
-        assert_eq!(hex(&intent[68 + PAGE..]), hash);
-        let (found, pages) = decode_intent(&intent).unwrap();
-        assert_eq!((found, pages.len()), (to, 1));
-        assert_eq!((pages[0].disk, pages[0].page), (DiskNo(2), 0x102));
-    }
-
-    #[test]
-    fn extents_split_into_whole_pages_and_ragged_ends() {
-        let parts = |start, sectors| {
-            let extent = Extent::new(start, sectors);
-            let ragged: Vec<_> =
-                ragged_parts(extent).map(|part| (part.start, part.sectors)).collect();
-            (whole_pages(extent).map(|whole| (whole.start, whole.sectors)), ragged)
-        };
-        assert_eq!(parts(0, 8), (Some((0, 8)), vec![]));
-        assert_eq!(parts(3, 2), (None, vec![(3, 2)]));
-        assert_eq!(parts(6, 4), (None, vec![(6, 2), (8, 2)]));
-        assert_eq!(parts(7, 10), (Some((8, 8)), vec![(7, 1), (16, 1)]));
-        assert_eq!(parts(8, 9), (Some((8, 8)), vec![(16, 1)]));
-        assert_eq!(parts(1, 7), (None, vec![(1, 7)]));
-        assert_eq!(parts(0, 7), (None, vec![(0, 7)]));
     }
 }

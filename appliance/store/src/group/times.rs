@@ -56,7 +56,7 @@ impl Group {
             let tables: Vec<_> = line
                 .map(|line| line.unsealed.iter().map(|open| open.table.clone()).collect())
                 .unwrap_or_default();
-            let base = state.manifest.base.as_ref().map(|base| base.catalog.clone());
+            let base = state.oldest_point().cloned();
             let head = line.map_or(Seq::ZERO, |line| line.head.seq);
             (
                 runs,

@@ -198,7 +198,7 @@ impl Group {
                 "the history begins at frame {base}, frame {seq} is no longer kept"
             )));
         }
-        if state.retiring.is_some_and(|to| seq < to) {
+        if state.retiring.as_ref().is_some_and(|retiring| seq < retiring.to.seq) {
             return Err(StoreError::NotInHistory(format!("frame {seq} is just being given up")));
         }
         if seq > head {

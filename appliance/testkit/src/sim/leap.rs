@@ -58,6 +58,8 @@ impl World {
             fill: false,
             table_entries_max: chance.between(4, 60) as usize,
             layer_fan: chance.between(2, 8) as usize,
+            slice_bytes: chance.between(4, 256) * 1024,
+            slice_entries: chance.between(1, 40) as usize,
             ..Options::default()
         };
         let disks = [SimDisk::new(seed, 64 << 20), SimDisk::new(seed ^ 1, 64 << 20)];

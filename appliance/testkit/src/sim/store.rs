@@ -32,7 +32,7 @@ use srn_store::codec::Codecs;
 use srn_store::group::{
     Appender, Change, Group, NewGroup, Opened, Options, Retention, Shared, Worked,
 };
-use srn_store::io::BufPool;
+use srn_store::io::{BufPool, Fs};
 use srn_store::manifest::{Keep, Role};
 
 use crate::oracle::{self, History, Model, Write, contents};
@@ -94,6 +94,9 @@ impl World {
             table_entries_max: chance.between(4, 60) as usize,
             unsealed_max: chance.between(1, 4) as usize,
             layer_fan: chance.between(2, 8) as usize,
+            // From a page or two at once to all of it.
+            slice_bytes: chance.between(4, 256) * 1024,
+            slice_entries: chance.between(1, 40) as usize,
         };
         let disk = SimDisk::new(seed, ROOM);
         let new = NewGroup {
@@ -202,6 +205,9 @@ impl World {
                     if self.group.layer_bytes() > 0 {
                         self.saw("layers");
                     }
+                    if self.is_retiring() {
+                        self.saw("slice of a retirement");
+                    }
                 }
                 Ok(Worked::Nothing) => break,
                 Err(StoreError::Full(_)) => {
@@ -215,6 +221,12 @@ impl World {
             let (oldest, acked) = (self.group.oldest(), self.acked);
             assert!(oldest <= acked.next(), "{oldest} is the oldest, {acked} is acknowledged");
         }
+    }
+
+    /// Whether a piece of history is half in the base.
+    fn is_retiring(&self) -> bool {
+        let names = self.disk.list(Path::new("/g/base")).unwrap_or_default();
+        names.iter().any(|name| name == "retire.intent")
     }
 
     /// What a server writes, and now and then a mirror that is interrupted or whole again.
@@ -290,6 +302,9 @@ impl World {
                     self.disk.no_fault();
                     if opened.rewritten > 0 {
                         self.saw("unproven frames written again");
+                    }
+                    if self.is_retiring() {
+                        self.saw("restart between slices of a retirement");
                     }
                     self.group = opened.group;
                     self.main = Some(opened.main);
@@ -731,7 +746,9 @@ const WANTED: &[&str] = &[
     "rot found by a reader",
     "rot keeps the group closed",
     "rot stops maintenance",
+    "restart between slices of a retirement",
     "sector lost",
+    "slice of a retirement",
     "unanswered writes survived",
     "unanswered writes were cut",
     "unproven frames written again",

@@ -343,6 +343,17 @@ impl Run {
         Entries { run, leaf: 0, block: None, at: 0 }
     }
 
+    /// Entries in order, around the cache, from one on that lies at or before this sector, if there
+    /// is one: not all of them are behind it.
+    ///
+    /// # Errors
+    /// When the file cannot be read or is damaged.
+    pub fn iter_from(&self, disk: DiskNo, start: u64) -> Result<Entries<&Self>> {
+        let leaf =
+            if self.layout.leaves == 0 { 0 } else { self.leaf_for(entry::key(disk, start))? };
+        Ok(Entries { run: self, leaf, block: None, at: 0 })
+    }
+
     fn entry_in(&self, content: &[u8], at: usize) -> Result<Item> {
         content
             .get(at * ENTRY_LEN..(at + 1) * ENTRY_LEN)
