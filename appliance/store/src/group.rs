@@ -40,7 +40,7 @@ pub use digest::{GrainHash, content_hash};
 pub use leap::{Leap, LeapTo};
 pub use maintain::Worked;
 pub use open::Opened;
-pub use repair::{Missing, Repaired, pages_of};
+pub use repair::{LayerBlock, Missing, Repaired, pages_of};
 pub use retire::Retention;
 pub use scrub::{Scrub, Scrubbed};
 pub(crate) use view::{Content, read_block};

@@ -139,6 +139,13 @@ struct Torn {
 }
 
 fn torn(disk: &SimDisk, options: Options) -> Torn {
+    let torn = untorn(disk, options);
+    disk.rot(&torn.file, torn.at);
+    torn
+}
+
+/// The same before it is damaged.
+fn untorn(disk: &SimDisk, options: Options) -> Torn {
     let _ = written(disk);
     let opened = Group::open(&shared(disk, SEED), options, &dir(), now(100));
     let Opened { group, mut main, .. } = opened.expect("it opens");
@@ -149,7 +156,6 @@ fn torn(disk: &SimDisk, options: Options) -> Torn {
     let end = write_page(&mut main, 64, 0x63);
     main.close_segment();
     let (file, at) = place_of(disk, 0x63);
-    disk.rot(&file, at);
     Torn { group, main, file, at, middle, end }
 }
 
@@ -259,6 +265,109 @@ fn a_long_piece_is_moved_in_steps_of_bounded_size() {
     assert_eq!(group.window_start().expect("a replica").seq, main.head().seq);
 }
 
+fn read_at(group: &Arc<Group>, start: u64, sectors: u64) -> srn_store::Result<Vec<u8>> {
+    let mut content = vec![0; sectors as usize * 512];
+    let view = group.view_head().expect("a view");
+    view.read(DiskNo(0), Extent::new(start, sectors), &mut content).map(|()| content)
+}
+
+/// Damage in the oldest piece kept all history from being given up for ever. When it was looked at and
+/// cannot be repaired, it goes along, sector by sector: it is zero nowhere, and a copy that still has the
+/// content at a position at which nothing was written there since can put it right.
+#[test]
+fn damage_that_cannot_be_repaired_is_carried_into_the_base() {
+    let disks = [SimDisk::new(SEED, 64 << 20), SimDisk::new(SEED, 64 << 20)];
+    let options = options();
+    let [here, there] = [torn(&disks[0], options), untorn(&disks[1], options)];
+    let sector = |main: &mut Appender, start: u64| {
+        let data: bytes::Bytes = vec![0x77; 512].into();
+        let sums = Sums::of(&data);
+        let change = Change::Write { disk: DiskNo(0), start, data, sums };
+        main.commit(&[change], now(102)).expect("room");
+        main.close_segment();
+    };
+    let retention = Retention::from(Seq(u64::MAX));
+    let mut ends = [here.main, there.main];
+    let groups = [here.group, there.group];
+    for end in &mut ends {
+        // One sector of the first page, which is damaged too; the rest of the page is in the base.
+        sector(end, 2);
+    }
+    let (file, at) = place_of(&disks[0], 0x77);
+    disks[0].rot(&file, at);
+    assert!(matches!(maintained(&groups[0], &retention), Err(StoreError::Corrupt(_))));
+    assert!(groups[0].take_damage_seen(), "nobody is told to look at it");
+    groups[0].carry_damage(true);
+    maintained(&groups[0], &retention).expect("damage keeps nothing from being done");
+    let lost = [(DiskNo(0), Extent::new(64, 8)), (DiskNo(0), Extent::new(2, 1))];
+    assert_eq!(groups[0].take_carried(), lost);
+    assert!(groups[0].take_damage_seen());
+    maintained(&groups[1], &retention).expect("work");
+    let head = ends[0].head();
+    assert_eq!(ends[1].head(), head, "the two are not alike");
+    assert_eq!(groups[0].window_start().expect("a replica"), head);
+    drop((groups, ends));
+
+    // A newer write in the same page as what was lost; and a restart.
+    let mut opened = disks.each_ref().map(|disk| open(disk).expect("it opens"));
+    for opened in &mut opened {
+        sector(&mut opened.main, 70);
+        maintained(&opened.group, &retention).expect("nothing new is damaged");
+    }
+    let [here, there] = &opened;
+    for start in 0..SECTORS {
+        let is_lost = start == 2 || (64..72).contains(&start) && start != 70;
+        match read_at(&here.group, start, 1) {
+            Ok(content) => {
+                assert!(!is_lost, "sector {start} is served");
+                assert_eq!(content, read_at(&there.group, start, 1).expect("it reads"), "{start}");
+            }
+            Err(error) => assert!(is_lost && matches!(error, StoreError::Corrupt(_)), "{error}"),
+        }
+    }
+    // A person may do without it, and is told what it is.
+    let view = here.group.view_head().expect("a view").accepting_damage();
+    let found = contents(&view, DISKS, SECTORS).expect("it reads");
+    let named = [Extent::new(2, 1), Extent::new(64, 6), Extent::new(71, 1)];
+    assert_eq!(view.accepted_damage(), named.map(|extent| (DiskNo(0), extent)));
+    assert!(found.is_zero(DiskNo(0), Extent::new(64, 6)));
+
+    // The base of the other one has moved on; both are at its position.
+    let damaged = scrubbed(here);
+    assert_eq!(damaged.len(), 2, "{damaged:?}");
+    for part in damaged {
+        assert_eq!(repair(here, there, part), Repaired::Yes);
+    }
+    assert_eq!(scrubbed(here), []);
+    let all = |opened: &Opened| {
+        contents(&opened.group.view_head().expect("a view"), DISKS, SECTORS).expect("content")
+    };
+    assert!(all(here) == all(there));
+}
+
+/// Only the base's own position proved content; the peer's base is seldom there.
+#[test]
+fn a_page_is_repaired_from_any_position_at_which_the_base_answers() {
+    let (disks, _) = twins(Seq(u64::MAX));
+    let mut opened = disks.each_ref().map(|disk| open(disk).expect("it opens"));
+    for opened in &mut opened {
+        write_page(&mut opened.main, 16, 0x31);
+        opened.main.close_segment();
+    }
+    let [here, there] = &opened;
+    maintained(&there.group, &Retention::from(Seq(u64::MAX))).expect("work");
+    let ending = |path: &PathBuf, what: &str| path.extension().is_some_and(|found| found == what);
+    let sums = files(&disks[0], "base").into_iter().find(|path| ending(path, "sum"));
+    // Of a page that was written since, and of one that was not.
+    let sums = sums.expect("checksums");
+    disks[0].rot(&sums, 2 * 8);
+    disks[0].rot(&sums, 3 * 8);
+    let at = there.main.head();
+    let content = read_at(&there.group, 16, 16).expect("it reads");
+    let done = here.group.repair_pages(DiskNo(0), 2, &content, at).expect("an attempt");
+    assert_eq!(done, [Repaired::NotTheSame, Repaired::Yes]);
+}
+
 /// A damaged stretch of history is not merged and not passed over; the others are.
 #[test]
 fn a_damaged_stretch_of_history_is_left_alone() {
@@ -288,16 +397,33 @@ fn a_damaged_stretch_of_history_is_left_alone() {
     {}
     assert_eq!(group.debt(&retention).damaged, 2, "the pair that it is in");
     assert!(!files(&disk, "layer").is_empty(), "the other pairs are merged");
-    let view = group.view_head().expect("a view");
-    for number in 0..8 {
-        let mut content = vec![0; 4096];
-        match view.read(DiskNo(0), own(number), &mut content) {
-            Ok(()) => assert!(number != 2 && content == [0x50 + number; 4096], "number {number}"),
-            Err(error) => {
-                assert!(number == 2 && matches!(error, StoreError::Corrupt(_)), "{error}");
+    let check = |group: &Arc<Group>| {
+        for number in 0..8 {
+            match read_at(group, own(number).start, 8) {
+                Ok(content) => assert!(number != 2 && content == [0x50 + number; 4096], "{number}"),
+                Err(error) => {
+                    assert!(number == 2 && matches!(error, StoreError::Corrupt(_)), "{error}");
+                }
             }
         }
-    }
+    };
+    check(&group);
+    // When it was looked at in vain it goes along, with the checksum of what was there: so it can be
+    // repaired from anywhere.
+    assert!(group.take_damage_seen());
+    group.carry_damage(true);
+    maintained(&group, &retention).expect("work");
+    assert_eq!(group.debt(&retention).damaged, 0);
+    assert_eq!(group.take_carried(), [(DiskNo(0), own(2))]);
+    check(&group);
+    let opened = Opened { group, main, clones: Vec::new(), rewritten: 0 };
+    let found = scrubbed(&opened);
+    let &[DamagedPart::Layer { file, disk, extent }] = &found[..] else { panic!("{found:?}") };
+    assert_eq!(extent, own(2));
+    let mended = opened.group.repair_block(file, disk, extent, &[0x52; 4096]);
+    assert_eq!(mended.expect("a repair"), Repaired::Yes);
+    assert_eq!(scrubbed(&opened), []);
+    assert_eq!(read_at(&opened.group, own(2).start, 8).expect("it reads"), [0x52; 4096]);
 }
 
 fn read(disk: &SimDisk, path: &Path) -> Vec<u8> {
@@ -353,10 +479,10 @@ fn repair(here: &Opened, there: &Opened, part: DamagedPart) -> Repaired {
                 view.read(disk, extent, &mut content).expect("it reads");
                 let forged = vec![0xee; 4096];
                 let elsewhere = Position { seq: Seq(at.seq.0 + 1), ..at };
-                let refused = here.group.repair_page(disk, page, &forged, elsewhere);
-                assert_eq!(refused.expect("an attempt"), Repaired::NotTheSame);
-                let done = here.group.repair_page(disk, page, &content, at).expect("a repair");
-                assert_eq!(done, Repaired::Yes);
+                let refused = here.group.repair_pages(disk, page, &forged, elsewhere);
+                assert_eq!(refused.expect("an attempt"), [Repaired::NotTheSame]);
+                let done = here.group.repair_pages(disk, page, &content, at).expect("a repair");
+                assert_eq!(done, [Repaired::Yes]);
             }
             Repaired::Yes
         }
@@ -374,7 +500,23 @@ fn repair(here: &Opened, there: &Opened, part: DamagedPart) -> Repaired {
             here.group.repair_segment(epoch, first, &frames).expect("a repair")
         }
         DamagedPart::Index { file } => here.group.repair_index(file).expect("a repair"),
-        DamagedPart::Layer { .. } => panic!("no test of repairs has layers"),
+        DamagedPart::Layer { file, disk, extent } => {
+            let block = here.group.damaged_block(file, disk, extent).expect("an index");
+            let Some(block) = block else { return Repaired::NotNeeded };
+            let forged = vec![0xee; block.whole.bytes() as usize];
+            let refused = here.group.repair_block(file, disk, extent, &forged);
+            assert_eq!(refused.expect("an attempt"), Repaired::NotTheSame);
+            for at in block.places {
+                let Ok(view) = there.group.view_at(at.seq) else { continue };
+                let mut content = vec![0; block.whole.bytes() as usize];
+                view.read(disk, block.whole, &mut content).expect("it reads");
+                let done = here.group.repair_block(file, disk, extent, &content).expect("a repair");
+                if done == Repaired::Yes {
+                    return done;
+                }
+            }
+            Repaired::NotTheSame
+        }
     }
 }
 
@@ -513,33 +655,65 @@ fn what_is_known_to_be_damaged_survives_a_restart() {
     assert_eq!(opened.group.damage().expect("it reads"), [damage]);
 }
 
-#[test]
-fn damaged_content_of_a_layer_is_found() {
-    let disk = SimDisk::new(SEED, 256 << 20);
-    let (mut model, _) = written(&disk);
+/// Two nodes with the same layers.
+fn with_layers() -> ([SimDisk; 2], [Opened; 2]) {
+    let disks = [SimDisk::new(SEED, 256 << 20), SimDisk::new(SEED, 256 << 20)];
     let roomy = Options { cap_bytes: 128 << 20, ..options() };
-    let opened = Group::open(&shared(&disk, SEED), roomy, &dir(), now(100));
-    let mut opened = opened.expect("it opens");
-    let mut chance = Chance::new(SEED + 1);
-    for second in 101..200 {
-        let writes = Write::some(&mut chance, DISKS, SECTORS);
-        let changes: Vec<_> = writes.iter().map(Write::change).collect();
-        opened.main.commit(&changes, now(second)).expect("room");
-        writes.iter().for_each(|write| model.apply(write));
-        while opened.group.maintain(&Retention::from(Seq::ZERO)).expect("work") == Worked::Something
-        {
+    let opened = disks.each_ref().map(|disk| {
+        let _ = written(disk);
+        let mut opened = Group::open(&shared(disk, SEED), roomy, &dir(), now(100)).expect("opens");
+        let mut chance = Chance::new(SEED + 1);
+        for second in 101..200 {
+            let writes = Write::some(&mut chance, DISKS, SECTORS);
+            let changes: Vec<_> = writes.iter().map(Write::change).collect();
+            opened.main.commit(&changes, now(second)).expect("room");
+            maintained(&opened.group, &Retention::from(Seq::ZERO)).expect("work");
+        }
+        opened.main.close_segment();
+        let retention = Retention { keep_from: Seq(u64::MAX), points: vec![Seq(5)] };
+        maintained(&opened.group, &retention).expect("work");
+        opened
+    });
+    (disks, opened)
+}
+
+/// Damage of layers was found and could not be repaired: a block is the same wherever it is from, when it
+/// has the checksum in the layer's index.
+#[test]
+fn damaged_content_of_a_layer_is_found_and_repaired() {
+    let (disks, [here, there]) = with_layers();
+    assert_eq!(there.main.head(), here.main.head(), "the two are not alike");
+    let layers: Vec<PathBuf> = files(&disks[0], "layer");
+    assert!(!layers.is_empty(), "there is no layer");
+    assert_eq!(scrubbed(&here), []);
+    for path in &layers {
+        for offset in [4096 + 100, 9000, 40_000] {
+            if offset < read(&disks[0], path).len() as u64 {
+                disks[0].rot(path, offset);
+            }
         }
     }
-    opened.main.close_segment();
-    let retention = Retention { keep_from: Seq(u64::MAX), points: vec![Seq(5)] };
-    while opened.group.maintain(&retention).expect("work") == Worked::Something {}
-    let layers: Vec<PathBuf> = files(&disk, "layer");
-    assert!(!layers.is_empty(), "there is no layer");
-    assert_eq!(scrubbed(&opened), []);
-    for path in layers {
-        disk.rot(&path, 4096 + 100);
-    }
-    let found = scrubbed(&opened);
+    let found = scrubbed(&here);
     assert!(!found.is_empty(), "nothing was found");
     assert!(found.iter().all(|part| matches!(part, DamagedPart::Layer { .. })), "{found:?}");
+    for part in found {
+        let done = repair(&here, &there, part);
+        assert!(matches!(done, Repaired::Yes | Repaired::NotNeeded), "{part:?}: {done:?}");
+    }
+    let same = |here: &Opened| {
+        assert_eq!(scrubbed(here), []);
+        let all = |opened: &Opened| {
+            contents(&opened.group.view_head().expect("a view"), DISKS, SECTORS).expect("content")
+        };
+        assert!(all(here) == all(&there), "the content differs");
+    };
+    same(&here);
+    drop(here);
+    let roomy = Options { cap_bytes: 128 << 20, ..options() };
+    let opened = Group::open(&shared(&disks[0], SEED), roomy, &dir(), now(300));
+    let opened = opened.expect("it opens");
+    same(&opened);
+    // And what is given up later is whole.
+    maintained(&opened.group, &Retention::from(Seq(u64::MAX))).expect("work");
+    same(&opened);
 }

@@ -7,7 +7,9 @@
 //!
 //! Invariants:
 //! * no point that is kept lies inside a layer; a layer ends at one, or where a piece ends;
-//! * every byte that is copied was verified;
+//! * every byte that is copied was verified; what is damaged is left where it is, or, when a repair was
+//!   tried in vain ([`Group::carry_damage`]), is copied as it is with the checksum that it ought to have:
+//!   damage stays damage, and what is proven to be the same can still take its place;
 //! * files of a layer and their names are durable before the manifest lists it; until then the
 //!   pieces stay as they are, so a crash at any moment costs only the work;
 //! * a line has either all of the pieces that are merged, or none: a line that shares a part of
@@ -23,7 +25,7 @@ use std::sync::{Arc, PoisonError};
 use srn_core::bytes::content_sum;
 use srn_core::epoch::Position;
 use srn_core::frame::envelope::Codec;
-use srn_core::ids::{EpochId, GroupId, Seq};
+use srn_core::ids::{EpochId, Seq};
 use srn_core::limits::PAGE;
 use srn_core::mutants::{self, Mutant};
 use srn_core::time::LogTime;
@@ -31,7 +33,7 @@ use srn_core::time::LogTime;
 use super::layers::{Block, LayerOutput, WrittenLayer};
 use super::maintain::Worked;
 use super::retire::Retention;
-use super::view::{part_of_block, stored_block};
+use super::view::{damaged, part_of_block, stored_block};
 use super::{Group, State};
 use crate::catalog::Catalog;
 use crate::codec::{Codecs, Effort};
@@ -70,6 +72,8 @@ pub(crate) struct Compacting {
     cramped: BTreeSet<(u32, u32, Vec<Seq>)>,
     /// Pieces in which something is damaged, left as they are.
     damaged: BTreeSet<u32>,
+    /// Whether damage was carried along when they were looked at last.
+    carried: bool,
 }
 
 /// Pieces that follow each other in one epoch, with no kept point where one of them ends.
@@ -184,7 +188,8 @@ struct Job {
 impl Group {
     /// Takes one step of merging pieces into layers.
     ///
-    /// A piece that is damaged is left alone from then on, until the group is opened anew.
+    /// A piece that is damaged is left alone from then on, until damage is carried along or the group is
+    /// opened anew.
     ///
     /// # Errors
     /// As the volume says.
@@ -216,7 +221,7 @@ impl Group {
                 Ok(Worked::Something)
             }
             Err(error) => {
-                compacting.give_up(self.id, &job.window, error)?;
+                compacting.give_up(self, &job.window.pieces, error, &job.window)?;
                 Ok(Worked::Something)
             }
         }
@@ -246,6 +251,10 @@ impl Group {
 
     /// Looks for pieces that are worth merging, and plans it.
     fn begin(self: &Arc<Self>, to: &mut Compacting, retention: &Retention) -> Result<Worked> {
+        if to.carried != self.carries_damage() {
+            to.carried = !to.carried;
+            to.damaged.clear();
+        }
         let windows = {
             let state = self.lock();
             to.forget_gone(&state.manifest);
@@ -259,14 +268,15 @@ impl Group {
             to.cramped.clear();
             return Ok(Worked::Nothing);
         };
-        let planned = self.plan(&window).and_then(|plans| {
+        let mut planning = window.pieces.as_slice();
+        let planned = self.plan(&window, &mut planning).and_then(|plans| {
             let bytes = plans.iter().map(Plan::bytes).sum::<Result<u64>>()?;
             Ok((plans, bytes))
         });
         let (plans, bytes) = match planned {
             Ok(planned) => planned,
             Err(error) => {
-                to.give_up(self.id, &window, error)?;
+                to.give_up(self, planning, error, &window)?;
                 return Ok(Worked::Something);
             }
         };
@@ -369,12 +379,18 @@ impl Group {
         windows
     }
 
-    /// The layers that take the place of a window's pieces.
-    fn plan(self: &Arc<Self>, window: &Window) -> Result<Vec<Plan>> {
+    /// The layers that take the place of a window's pieces. `at` tells which of them it was at when it
+    /// fails.
+    fn plan<'a>(
+        self: &Arc<Self>,
+        window: &'a Window,
+        at: &mut &'a [PieceMeta],
+    ) -> Result<Vec<Plan>> {
         let mut plans = Vec::new();
         let mut inputs: Vec<Input> = Vec::new();
         let mut first = window.pieces.first().map_or(Seq::ZERO, |piece| piece.first);
         for piece in &window.pieces {
+            *at = std::slice::from_ref(piece);
             let run = self.lock().run_of(piece)?;
             let inside = |seq: &&Seq| **seq >= piece.first && **seq < piece.last.seq;
             let cuts: Vec<Seq> = window.cuts.iter().filter(inside).copied().collect();
@@ -401,6 +417,7 @@ impl Group {
         }
         if let Some(last) = window.pieces.last() {
             let run = self.lock().run_of(last)?;
+            *at = &window.pieces;
             plans.push(Plan {
                 first,
                 last: last.last,
@@ -492,9 +509,25 @@ impl Group {
             Place::Block { segment, codec, sum, sectors, .. } => (segment, codec, sum, sectors),
         };
         let content = self.lock().content(segment)?;
-        let stored = stored_block(&self.shared.pool, &content, &place)?;
+        let stored = match stored_block(&self.shared.pool, &content, &place) {
+            Ok(stored) => Some(stored),
+            // Its end is not there at all.
+            Err(StoreError::Corrupt(_)) => None,
+            Err(error) => return Err(error),
+        };
         // Verified in either case.
-        let part = part_of_block(&content, &place, &stored, extent)?;
+        let part = match &stored {
+            Some(stored) => part_of_block(&content, &place, stored, extent),
+            None => Err(damaged(&content, &place)),
+        };
+        let (stored, part) = match (stored, part) {
+            (Some(stored), Ok(part)) => (stored, part),
+            (stored, Err(StoreError::Corrupt(_))) if self.meets_damage(disk, extent) => {
+                return carry(output, (disk, extent, place), stored.as_deref());
+            }
+            (_, Err(error)) => return Err(error),
+            (None, Ok(_)) => return Err(damaged(&content, &place)),
+        };
         if extent.sectors == u64::from(sectors) {
             return output.block(
                 disk,
@@ -530,6 +563,21 @@ impl Group {
         }
         Ok(())
     }
+}
+
+/// Copies a damaged block as it is, whole, or zeros where it ends early: the checksum that it ought to have
+/// says of it that it is damaged, and what would be right.
+fn carry(
+    output: &mut LayerOutput,
+    (disk, extent, place): Item,
+    stored: Option<&[u8]>,
+) -> Result<()> {
+    let Place::Block { stored_len, codec, sum, sectors, skip, .. } = place else {
+        return Err(StoreError::Invalid("zeros are not stored".into()));
+    };
+    let zeros = vec![0; if stored.is_some() { 0 } else { stored_len as usize }];
+    let stored = stored.unwrap_or(&zeros);
+    output.part(disk, extent, Block { stored, codec, sum, sectors }, skip)
 }
 
 /// Changes the manifest, unless the pieces are not there any more or lines share only some of them.
@@ -575,16 +623,23 @@ fn put_layers(manifest: &mut Manifest, window: &Window, layers: &[WrittenLayer])
 impl Compacting {
     /// A window cannot be merged now. Damage is no reason to leave other work undone: what is
     /// damaged takes more room than it should, and is counted.
-    fn give_up(&mut self, group: GroupId, window: &Window, error: StoreError) -> Result<()> {
+    fn give_up(
+        &mut self,
+        group: &Group,
+        damaged: &[PieceMeta],
+        error: StoreError,
+        window: &Window,
+    ) -> Result<()> {
         match error {
             StoreError::Corrupt(why) => {
-                let pieces = window.pieces.iter();
                 log::error!(
-                    "group {group}: frames {} to {} of the history stay as they are: {why}",
-                    window.pieces.first().map_or(0, |piece| piece.first.0),
-                    window.pieces.last().map_or(0, |piece| piece.last.seq.0),
+                    "group {}: frames {} to {} of the history stay as they are: {why}",
+                    group.id,
+                    damaged.first().map_or(0, |piece| piece.first.0),
+                    damaged.last().map_or(0, |piece| piece.last.seq.0),
                 );
-                self.damaged.extend(pieces.map(|piece| piece.ordinal));
+                group.damage_seen.store(true, Ordering::Relaxed);
+                self.damaged.extend(damaged.iter().map(|piece| piece.ordinal));
                 Ok(())
             }
             StoreError::Full(_) | StoreError::NotInHistory(_) => {

@@ -17,7 +17,7 @@ use super::build::{Change, OwnedRecord};
 use super::{Group, Line, View};
 use crate::catalog::Catalog;
 use crate::error::{Result, StoreError};
-use crate::index::{PREFIX_LEVEL, RunMeta, RunScope};
+use crate::index::{PREFIX_LEVEL, Run, RunMeta, RunScope};
 use crate::manifest::{Keep, PieceMeta, Purpose, Role, TimelineMeta};
 
 /// A line to be laid.
@@ -110,16 +110,15 @@ impl Group {
         let (mut pieces, partial) = self.pieces_up_to(at)?;
         let mut prefix = None;
         if let Some(whole) = partial {
-            let (meta, piece) = self.prefix(&whole, at)?;
-            prefix = Some(meta);
+            let (run, piece) = self.prefix(&whole, at)?;
+            prefix = Some(run);
             pieces.push(piece);
         }
-        let run = prefix.as_ref().map(|meta| self.open_run(meta)).transpose()?;
         let timeline = TimelineMeta { epochs: line, purpose, since, pieces };
         self.publish_with(
             |manifest| {
-                if let Some(meta) = prefix {
-                    manifest.runs.insert(meta.file, meta);
+                if let Some((meta, _)) = &prefix {
+                    manifest.runs.insert(meta.file, *meta);
                 }
                 if purpose == Purpose::Main {
                     let old = manifest.main;
@@ -143,7 +142,7 @@ impl Group {
                 manifest.timelines.insert(id, timeline);
             },
             |state| {
-                if let (Some(meta), Some(run)) = (prefix, run) {
+                if let Some((meta, run)) = prefix.clone() {
                     state.runs.insert(meta.file, run);
                 }
                 if purpose == Purpose::Main {
@@ -222,7 +221,7 @@ impl Group {
     }
 
     /// An index of a piece up to `at`.
-    fn prefix(&self, whole: &PieceMeta, at: Position) -> Result<(RunMeta, PieceMeta)> {
+    fn prefix(&self, whole: &PieceMeta, at: Position) -> Result<((RunMeta, Arc<Run>), PieceMeta)> {
         let (segment, behind) = {
             let state = self.lock();
             let segment = state.segments.get(&whole.ordinal).cloned().ok_or_else(|| {
@@ -234,20 +233,19 @@ impl Group {
         };
         let mut catalog = behind.catalog()?;
         let table = self.table_up_to(&segment, at.seq, &mut catalog)?;
-        let mut writer = self.new_run()?;
-        for (disk, extent, place) in table.entries() {
-            writer.push(disk, extent, &place)?;
-        }
-        let meta = writer.finish(&RunScope {
-            group: self.id,
-            level: PREFIX_LEVEL,
-            first: segment.header.first,
-            last: at,
-            pieces: (whole.ordinal, whole.ordinal),
-            points: table.points(),
-            marks: table.marks(),
-            catalog: &catalog.encode(),
-        })?;
+        let (meta, run) = self.write_run(
+            table.entries().map(Ok),
+            &RunScope {
+                group: self.id,
+                level: PREFIX_LEVEL,
+                first: segment.header.first,
+                last: at,
+                pieces: (whole.ordinal, whole.ordinal),
+                points: table.points(),
+                marks: table.marks(),
+                catalog: &catalog.encode(),
+            },
+        )?;
         let piece = PieceMeta {
             ordinal: whole.ordinal,
             first: whole.first,
@@ -255,7 +253,7 @@ impl Group {
             last_log_time: catalog.log_time,
             is_prefix: true,
         };
-        Ok((meta, piece))
+        Ok(((meta, run), piece))
     }
 }
 

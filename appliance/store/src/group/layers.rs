@@ -52,11 +52,24 @@ impl std::fmt::Debug for LayerOutput {
 
 /// Complete files that nothing lists yet: removed when dropped.
 #[derive(Debug)]
-struct Files {
-    layers: Vec<(Arc<LayerFile>, u64)>,
-    run: Option<u32>,
+pub(super) struct Files {
+    pub(super) layers: Vec<(Arc<LayerFile>, u64)>,
+    pub(super) run: Option<u32>,
     volume: Volume,
     dir: PathBuf,
+}
+
+impl Files {
+    pub(super) fn none_of(group: &Group) -> Self {
+        let (volume, dir) = (group.shared.volume.clone(), group.dir.clone());
+        Self { layers: Vec::new(), run: None, volume, dir }
+    }
+
+    /// They are listed now: nothing is to be removed.
+    pub(super) fn keep(mut self) {
+        self.layers.clear();
+        self.run = None;
+    }
 }
 
 impl Drop for Files {
@@ -87,12 +100,7 @@ impl LayerOutput {
     /// # Errors
     /// As the volume says.
     pub(super) fn begin(group: &Arc<Group>, first: Seq, last: Position) -> Result<Self> {
-        let files = Files {
-            layers: Vec::new(),
-            run: None,
-            volume: group.shared.volume.clone(),
-            dir: group.dir.clone(),
-        };
+        let files = Files::none_of(group);
         let run = group.new_run()?;
         Ok(Self { group: group.clone(), first, last, run, file: None, files })
     }
@@ -110,6 +118,20 @@ impl LayerOutput {
     /// # Errors
     /// As the volume says.
     pub(super) fn block(&mut self, disk: DiskNo, start: u64, block: Block<'_>) -> Result<()> {
+        self.part(disk, Extent::new(start, u64::from(block.sectors)), block, 0)
+    }
+
+    /// Adds a block of which only `extent` counts, behind `skip` of its sectors.
+    ///
+    /// # Errors
+    /// As the volume says.
+    pub(super) fn part(
+        &mut self,
+        disk: DiskNo,
+        extent: Extent,
+        block: Block<'_>,
+        skip: u8,
+    ) -> Result<()> {
         if self.file.as_ref().is_some_and(|file| !file.has_room(block.stored.len())) {
             self.close_file()?;
         }
@@ -135,9 +157,9 @@ impl LayerOutput {
             codec: block.codec,
             sum: block.sum,
             sectors: block.sectors,
-            skip: 0,
+            skip,
         };
-        self.run.push(disk, Extent::new(start, u64::from(block.sectors)), &place)
+        self.run.push(disk, extent, &place)
     }
 
     fn close_file(&mut self) -> Result<()> {
@@ -198,9 +220,8 @@ impl WrittenLayer {
     }
 
     /// It is listed now: nothing is to be removed.
-    pub(super) fn keep(mut self) {
-        self.files.layers.clear();
-        self.files.run = None;
+    pub(super) fn keep(self) {
+        self.files.keep();
     }
 }
 

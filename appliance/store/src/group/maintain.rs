@@ -11,7 +11,7 @@ use srn_core::mutants::{self, Mutant};
 use super::retire::Retention;
 use super::{Group, INDEX_DIR, Unsealed};
 use crate::error::{Result, StoreError};
-use crate::index::{Merge, Run, RunMeta, RunScope, RunWriter, next_merge};
+use crate::index::{Item, Merge, Run, RunMeta, RunScope, RunWriter, next_merge};
 use crate::manifest::{Keep, PieceMeta, SegmentMeta};
 
 /// Whether a step found anything to do.
@@ -90,24 +90,22 @@ impl Group {
             StoreError::Invalid("a segment that is still written cannot be sealed".into())
         })?;
         let header = &open.segment.header;
-        let meta = {
+        let (meta, run) = {
             let table = open.table.read().unwrap_or_else(PoisonError::into_inner);
-            let mut writer = self.new_run()?;
-            for (disk, extent, place) in table.entries() {
-                writer.push(disk, extent, &place)?;
-            }
-            writer.finish(&RunScope {
-                group: self.id,
-                level: 0,
-                first: header.first,
-                last: open.last,
-                pieces: (open.segment.ordinal, open.segment.ordinal),
-                points: table.points(),
-                marks: table.marks(),
-                catalog: &catalog.encode(),
-            })?
+            self.write_run(
+                table.entries().map(Ok),
+                &RunScope {
+                    group: self.id,
+                    level: 0,
+                    first: header.first,
+                    last: open.last,
+                    pieces: (open.segment.ordinal, open.segment.ordinal),
+                    points: table.points(),
+                    marks: table.marks(),
+                    catalog: &catalog.encode(),
+                },
+            )?
         };
-        let run = self.open_run(&meta)?;
         let segment = SegmentMeta {
             slot: open.segment.slot,
             id: header.id,
@@ -139,6 +137,22 @@ impl Group {
         )?;
         self.take_unsealed(epoch, open);
         Ok(())
+    }
+
+    /// Writes an index file of these entries, durably, and opens it. Nothing lists it yet.
+    pub(super) fn write_run(
+        &self,
+        entries: impl IntoIterator<Item = Result<Item>>,
+        scope: &RunScope<'_>,
+    ) -> Result<(RunMeta, Arc<Run>)> {
+        let mut writer = self.new_run()?;
+        for item in entries {
+            let (disk, extent, place) = item?;
+            writer.push(disk, extent, &place)?;
+        }
+        let meta = writer.finish(scope)?;
+        let run = self.open_run(&meta)?;
+        Ok((meta, run))
     }
 
     pub(super) fn new_run(&self) -> Result<RunWriter> {
@@ -199,26 +213,23 @@ impl Group {
         };
         let Some(inputs) = inputs else { return Ok(false) };
         let (Some(first), Some(last)) = (inputs.first(), inputs.last()) else { return Ok(false) };
-        let mut writer = self.new_run()?;
         let mut newest_first: Vec<&Arc<Run>> = inputs.iter().rev().collect();
         if mutants::is(Mutant::MergeOldestWins) {
             newest_first.reverse();
         }
-        for item in Merge::new(newest_first.iter().map(|run| run.iter()))? {
-            let (disk, extent, place) = item?;
-            writer.push(disk, extent, &place)?;
-        }
-        let meta = writer.finish(&RunScope {
-            group: self.id,
-            level: first.meta().level + 1,
-            first: first.meta().first,
-            last: last.last(),
-            pieces: (first.meta().pieces.0, last.meta().pieces.1),
-            points: &[],
-            marks: &[],
-            catalog: &[],
-        })?;
-        let run = self.open_run(&meta)?;
+        let (meta, run) = self.write_run(
+            Merge::new(newest_first.iter().map(|run| run.iter()))?,
+            &RunScope {
+                group: self.id,
+                level: first.meta().level + 1,
+                first: first.meta().first,
+                last: last.last(),
+                pieces: (first.meta().pieces.0, last.meta().pieces.1),
+                points: &[],
+                marks: &[],
+                catalog: &[],
+            },
+        )?;
         self.publish_with(
             |manifest| {
                 manifest.runs.insert(meta.file, meta);

@@ -3,11 +3,16 @@
 //!
 //! * A page of the base is written in place. It is damaged before and, if a crash tears the write,
 //!   damaged after; it is never anything else that looks sound. What proves new content is the
-//!   page's own checksum, or the position: the page as it was at exactly the base's position.
+//!   page's own checksum, or the position: the page as it was at exactly a position at which the base
+//!   alone answers for it here.
 //! * A segment is never changed. A whole new one is written beside it, from the frames that are good
 //!   and those that were fetched, which the chain of hashes proves; then one manifest takes the new
 //!   one and its index in the place of the old ones. Whoever still reads the old one goes on.
+//! * A layer is not changed either. A block is written to one more file of it, and its index anew with
+//!   the block there. What proves the content is the checksum in the index, whoever has it.
 //! * An index file is made again from the frames.
+
+mod layer;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -15,18 +20,20 @@ use std::sync::Arc;
 use srn_core::epoch::Position;
 use srn_core::extent::Extent;
 use srn_core::ids::{DiskNo, EpochId, Seq};
-use srn_core::limits::{PAGE, PAGE_SECTORS};
+use srn_core::limits::{PAGE, PAGE_SECTORS, SECTOR};
 
-use super::Group;
+use super::{Group, View};
 use crate::base::BaseDisk;
 use crate::codec::Codecs;
 use crate::error::{Doing, Result, StoreError};
 use crate::frame::Frame;
 use crate::index::{MemTable, Run, RunMeta, RunScope, span};
 use crate::io::AlignedBuf;
-use crate::manifest::{Keep, SegmentMeta};
+use crate::manifest::{Keep, Manifest, SegmentMeta};
 use crate::segment::{Found, HEADER_LEN, SEGMENT_BYTES_MAX, Segment, SegmentHeader, SegmentWriter};
 use crate::segment::{Target, scan};
+
+pub use layer::LayerBlock;
 
 /// Bytes of frames written at once.
 const BATCH_BYTES: usize = 1 << 20;
@@ -45,10 +52,11 @@ pub enum Repaired {
 }
 
 impl Group {
-    /// The base's position, which its pages are at; none without a base.
+    /// The oldest position that can be read, at which the base answers for all that is damaged in it;
+    /// none without a base.
     #[must_use]
     pub fn base_position(&self) -> Option<Position> {
-        self.lock().manifest.base.as_ref().map(|base| base.catalog.at)
+        self.lock().oldest_point().map(|oldest| oldest.at)
     }
 
     /// Whether a page of the base is damaged now.
@@ -66,34 +74,35 @@ impl Group {
         self.lock().base.as_ref().and_then(|base| base.disk(disk))
     }
 
-    /// Puts a page of the base right. `content` is what somebody else has there, and was read `at`
-    /// this position.
+    /// Puts pages of the base right, from page `first` on. `content` is what somebody else has there, and
+    /// was read `at` this position; of a disk's last page it may be a part. Gives what became of each.
     ///
     /// # Errors
     /// As the volume says.
-    pub fn repair_page(
-        &self,
+    pub fn repair_pages(
+        self: &Arc<Self>,
         disk: DiskNo,
-        page: u64,
+        first: u64,
         content: &[u8],
         at: Position,
-    ) -> Result<Repaired> {
+    ) -> Result<Vec<Repaired>> {
+        // Held from before the lock: what lies at or before it and is not in the base then is seen.
+        let view = match self.view_at(at.seq) {
+            Ok(view) => Some(view).filter(|view| view.catalog().at == at),
+            Err(StoreError::NotInHistory(_) | StoreError::Corrupt(_)) => None,
+            Err(error) => return Err(error),
+        };
         // Nothing is retired meanwhile.
         let _alone = self.maintaining.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        let Some(base) = self.base_disk(disk) else { return Ok(Repaired::NotNeeded) };
-        if base.check(page, 1)?.0.is_empty() {
-            return Ok(Repaired::NotNeeded);
+        let Some(base) = self.base_disk(disk) else { return Ok(vec![Repaired::NotNeeded]) };
+        let mut done = Vec::new();
+        for (page, content) in (first..).zip(content.chunks(PAGE)) {
+            done.push(repair_page(&base, view.as_ref(), (disk, page), content)?);
         }
-        let mut whole = AlignedBuf::zeroed(PAGE);
-        let to = whole.get_mut(..content.len());
-        to.ok_or_else(|| StoreError::Invalid("more than a page".into()))?.copy_from_slice(content);
-        let proven = base.has_sum_of(page, &whole)? || self.base_position() == Some(at);
-        if !proven {
-            return Ok(Repaired::NotTheSame);
+        if done.contains(&Repaired::Yes) {
+            base.sync()?;
         }
-        base.put_pages(page, &whole, &[0])?;
-        base.sync()?;
-        Ok(Repaired::Yes)
+        Ok(done)
     }
 
     /// The frames that are damaged in the segment that holds these: what to ask for.
@@ -149,21 +158,19 @@ impl Group {
         for run in self.runs_of(&old) {
             // The marks and disks in it are the same; only the places are others.
             let table = self.table_of(&new, &run)?;
-            let mut writer = self.new_run()?;
-            for (disk, extent, place) in table.entries() {
-                writer.push(disk, extent, &place)?;
-            }
-            let meta = writer.finish(&RunScope {
-                group: self.id,
-                level: run.meta().level,
-                first: run.meta().first,
-                last: run.last(),
-                pieces: (new.segment.ordinal, new.segment.ordinal),
-                points: table.points(),
-                marks: &run.marks()?,
-                catalog: &run.catalog()?,
-            })?;
-            runs.push((meta, self.open_run(&meta)?));
+            runs.push(self.write_run(
+                table.entries().map(Ok),
+                &RunScope {
+                    group: self.id,
+                    level: run.meta().level,
+                    first: run.meta().first,
+                    last: run.last(),
+                    pieces: (new.segment.ordinal, new.segment.ordinal),
+                    points: table.points(),
+                    marks: &run.marks()?,
+                    catalog: &run.catalog()?,
+                },
+            )?);
         }
         self.exchange(&old, new, runs)?;
         Ok(Repaired::Yes)
@@ -289,14 +296,7 @@ impl Group {
         let (gone, ordinal) = (old.ordinal, new.segment.ordinal);
         self.publish_with(
             |manifest| {
-                // Merged ones name places in the old segment; they are merged anew.
-                let lines: Vec<_> = manifest.timelines.values().collect();
-                manifest.runs.retain(|_, run| {
-                    !lines.iter().any(|line| {
-                        let pieces = span(run, &line.pieces).and_then(|at| line.pieces.get(at));
-                        pieces.is_some_and(|some| some.iter().any(|piece| piece.ordinal == gone))
-                    })
-                });
+                forget_runs_of(manifest, gone);
                 manifest.segments.remove(&gone);
                 manifest.segments.insert(ordinal, new.meta);
                 let pieces = manifest.timelines.values_mut().flat_map(|line| &mut line.pieces);
@@ -354,23 +354,19 @@ impl Group {
         };
         let mut catalog = behind.catalog()?;
         let table = self.table_up_to(&segment, run.last().seq, &mut catalog)?;
-        let mut writer = self.new_run()?;
-        if self.keep == Keep::Replica {
-            for (disk, extent, place) in table.entries() {
-                writer.push(disk, extent, &place)?;
-            }
-        }
-        let meta = writer.finish(&RunScope {
-            group: self.id,
-            level: run.meta().level,
-            first: run.meta().first,
-            last: run.last(),
-            pieces: run.meta().pieces,
-            points: table.points(),
-            marks: table.marks(),
-            catalog: &catalog.encode(),
-        })?;
-        let new = self.open_run(&meta)?;
+        let (meta, new) = self.write_run(
+            table.entries().filter(|_| self.keep == Keep::Replica).map(Ok),
+            &RunScope {
+                group: self.id,
+                level: run.meta().level,
+                first: run.meta().first,
+                last: run.last(),
+                pieces: run.meta().pieces,
+                points: table.points(),
+                marks: table.marks(),
+                catalog: &catalog.encode(),
+            },
+        )?;
         self.publish_with(
             |manifest| {
                 manifest.runs.remove(&file);
@@ -383,6 +379,55 @@ impl Group {
         self.forget_unlisted();
         Ok(Repaired::Yes)
     }
+}
+
+/// Takes every run out that names places in this piece: merged ones are merged anew.
+fn forget_runs_of(manifest: &mut Manifest, piece: u32) {
+    let lines: Vec<_> = manifest.timelines.values().collect();
+    manifest.runs.retain(|_, run| {
+        !lines.iter().any(|line| {
+            let pieces = span(run, &line.pieces).and_then(|at| line.pieces.get(at));
+            pieces.is_some_and(|some| some.iter().any(|other| other.ordinal == piece))
+        })
+    });
+}
+
+fn repair_page(
+    base: &BaseDisk,
+    view: Option<&View>,
+    (disk, page): (DiskNo, u64),
+    content: &[u8],
+) -> Result<Repaired> {
+    let mut whole = AlignedBuf::zeroed(PAGE);
+    if let Some(to) = whole.get_mut(..content.len()) {
+        to.copy_from_slice(content);
+    }
+    let fits = match base.page(page)? {
+        Some((_, 0)) => return Ok(Repaired::NotNeeded),
+        // What is not lost of it is known.
+        Some((found, lost)) => {
+            let sectors =
+                found.chunks_exact(SECTOR as usize).zip(whole.chunks_exact(SECTOR as usize));
+            sectors.enumerate().all(|(at, (found, new))| lost & (1 << at) != 0 || found == new)
+        }
+        None => true,
+    };
+    let proven = base.has_sum_of(page, &whole)?
+        || fits && view.is_some_and(|view| answers_alone(view, disk, page));
+    if !proven {
+        return Ok(Repaired::NotTheSame);
+    }
+    base.put_pages(page, &whole, &[0])?;
+    Ok(Repaired::Yes)
+}
+
+/// Whether the base alone answers for a page at the position of a view.
+fn answers_alone(view: &View, disk: DiskNo, page: u64) -> bool {
+    let catalog = view.catalog();
+    let Some(sectors) = catalog.disks.get(&disk).map(|disk| disk.sectors) else { return false };
+    let whole = Extent::new(page * PAGE_SECTORS, PAGE_SECTORS);
+    let Some(extent) = whole.intersect(&Extent::new(0, sectors)) else { return false };
+    matches!(view.is_from_base(disk, extent), Ok(true))
 }
 
 /// What is missing of a segment.

@@ -145,16 +145,20 @@ impl Group {
         self.carries.store(carry, Ordering::Relaxed);
     }
 
+    pub(super) fn carries_damage(&self) -> bool {
+        self.carries.load(Ordering::Relaxed)
+    }
+
     /// What maintenance has carried along as damage since this was last asked.
     #[must_use]
     pub fn take_carried(&self) -> Vec<(DiskNo, Extent)> {
         std::mem::take(&mut *self.carried.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Maintenance has met damage: what to do about it is for others to say.
+    /// Maintenance has met damage. Says whether to carry it along.
     pub(super) fn meets_damage(&self, disk: DiskNo, extent: Extent) -> bool {
         self.damage_seen.store(true, Ordering::Relaxed);
-        let carries = self.carries.load(Ordering::Relaxed);
+        let carries = self.carries_damage();
         if carries {
             let mut carried = self.carried.lock().unwrap_or_else(PoisonError::into_inner);
             let has_room = carried.len() < CARRIED_MAX;

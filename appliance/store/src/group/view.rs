@@ -467,7 +467,7 @@ impl View {
         }
     }
 
-    /// The same, but that damaged content reads as zero from now on, page by page. A person has to
+    /// The same, but that damaged content reads as zero from now on, sector by sector. A person has to
     /// have accepted that, and has to be told what it was: [`View::accepted_damage`].
     #[must_use]
     pub fn accepting_damage(mut self) -> Self {
@@ -510,6 +510,14 @@ impl View {
                 StoreError::Invalid("a read's buffer does not fit its extent".into())
             })?;
             match self.with_sources(|sources| sources.read(&self.group, disk, part, page)) {
+                Err(StoreError::Corrupt(_)) if part.sectors > 1 => {
+                    let half = Extent::new(part.start, part.sectors / 2);
+                    let rest = Extent::new(half.end(), part.sectors - half.sectors);
+                    let len = usize::try_from(half.bytes()).unwrap_or(usize::MAX);
+                    let (first, second) = page.split_at_mut_checked(len).unwrap_or_default();
+                    self.read_around_damage(disk, half, first, accepted)?;
+                    self.read_around_damage(disk, rest, second, accepted)?;
+                }
                 Err(StoreError::Corrupt(_)) => {
                     page.fill(0);
                     let mut accepted = accepted.lock().unwrap_or_else(PoisonError::into_inner);
@@ -530,6 +538,18 @@ impl View {
     /// As [`View::read`].
     pub fn spans(&self, disk: DiskNo, extent: Extent) -> Result<Vec<(Extent, SpanKind)>> {
         self.with_sources(|sources| sources.spans(disk, extent))
+    }
+
+    /// Whether all of an extent is answered by the base: nothing behind it, up to this position, has
+    /// written there.
+    ///
+    /// # Errors
+    /// When an index cannot be read.
+    pub(super) fn is_from_base(&self, disk: DiskNo, extent: Extent) -> Result<bool> {
+        self.with_sources(|sources| {
+            let places = sources.places(disk, extent)?;
+            Ok(places.iter().all(|(_, place)| place.is_none()))
+        })
     }
 
     fn with_sources<T>(&self, read: impl FnOnce(&Sources) -> Result<T>) -> Result<T> {
@@ -687,7 +707,7 @@ impl std::ops::Deref for StoredBlock {
     }
 }
 
-fn damaged(from: &Content, place: &Place) -> StoreError {
+pub(super) fn damaged(from: &Content, place: &Place) -> StoreError {
     let at = if let Place::Block { offset, .. } = place { *offset } else { 0 };
     StoreError::Corrupt(format!("content in {from} at {at} does not have its checksum"))
 }

@@ -743,6 +743,7 @@ const WANTED: &[&str] = &[
     "position no longer kept",
     "power cut",
     "process restart",
+    "rot carried along",
     "rot found by a reader",
     "rot keeps the group closed",
     "rot stops maintenance",

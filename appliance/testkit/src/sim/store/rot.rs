@@ -1,10 +1,12 @@
 //! A bit of some file is not what it was: what is read is right or an error, nothing that was
 //! answered is cut off, and nothing is moved without being verified.
 
+use std::collections::BTreeSet;
+
 use srn_core::extent::Extent;
 use srn_core::ids::{DiskNo, Seq};
 use srn_store::StoreError;
-use srn_store::group::{View, Worked};
+use srn_store::group::{Retention, View, Worked};
 
 use super::{DISKS, SECTORS, World};
 use crate::oracle::{Model, Write};
@@ -44,19 +46,60 @@ impl World {
             }
         }
         let found = self.read_rotten(&place);
-        for _ in 0..self.chance.between(0, 20) {
+        let lost = self.lost_sectors(&place);
+        if self.chance.percent(50) {
+            // So that there is something to be moved.
+            self.retention = Retention::from(self.group.head().seq);
+        }
+        let mut carries = self.chance.percent(20);
+        self.group.carry_damage(carries);
+        for _ in 0..self.chance.between(0, 40) {
             match self.group.maintain(&self.retention) {
                 Ok(Worked::Something) => {}
                 Ok(Worked::Nothing) | Err(StoreError::Full(_)) => break,
                 Err(StoreError::Corrupt(_)) => {
                     self.saw("rot stops maintenance");
-                    break;
+                    if carries {
+                        // In an index: nobody knows what is where.
+                        break;
+                    }
+                    // It was looked at, and nobody has it: maintenance goes on around it.
+                    carries = true;
+                    self.group.carry_damage(true);
                 }
                 Err(error) => panic!("rot in {place}: maintenance: {error}"),
             }
         }
+        if !self.group.take_carried().is_empty() {
+            self.saw("rot carried along");
+        }
+        // What is carried along costs no sector that could be read before. A damaged index may not have
+        // been needed then.
+        let now = self.lost_sectors(&place);
+        let more: Vec<_> = now.difference(&lost).collect();
+        assert!(more.is_empty() || file.contains("/index/"), "rot in {place}: moved to {more:?}");
         let again = self.read_rotten(&place);
         self.saw(if found || again { "rot found by a reader" } else { "rot where nobody reads" });
+    }
+
+    /// The sectors that cannot be read at the head.
+    fn lost_sectors(&self, place: &str) -> BTreeSet<(u32, u64)> {
+        let mut lost = BTreeSet::new();
+        if self.keep == srn_store::manifest::Keep::Cache {
+            return lost;
+        }
+        let view = self.group.view_head().expect("view");
+        for (disk, sector) in (0..DISKS).flat_map(|no| (0..SECTORS).map(move |at| (no, at))) {
+            let mut content = [0; 512];
+            match view.read(DiskNo(disk), Extent::new(sector, 1), &mut content) {
+                Ok(()) => {}
+                Err(StoreError::Corrupt(_)) => {
+                    lost.insert((disk, sector));
+                }
+                Err(error) => panic!("rot in {place}: {error}"),
+            }
+        }
+        lost
     }
 
     /// Reads everything; says whether any of it is known to be damaged.
