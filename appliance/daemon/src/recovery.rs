@@ -8,6 +8,7 @@
 //! Nothing is copied: the machine's disks are exports of this node. The machine lives independently
 //! of the daemon; while that restarts, QEMU waits for its disks.
 
+mod damage;
 mod machine;
 mod start;
 

@@ -160,6 +160,8 @@ pub struct Note {
     pub unpinned: bool,
     /// The applications turned out not to have been quiet, whatever its mark says.
     pub unquiet: bool,
+    /// A person has recovered it although something in it was known to be damaged.
+    pub damage_accepted: bool,
 }
 
 impl Note {

@@ -413,6 +413,9 @@ pub(super) struct MachineArgs {
     /// How long to wait for that.
     #[arg(long, default_value = "10min", value_parser = parse_duration, value_name = "DURATION")]
     pub(super) wait_timeout: std::time::Duration,
+    /// Go on although something in the point is known to be damaged: reads of it fail in the server.
+    #[arg(long)]
+    pub(super) accept_damage: bool,
 }
 
 #[derive(Debug, Subcommand)]

@@ -397,6 +397,7 @@ fn recovery_request(machine: &MachineArgs, test: bool) -> RecoveryRequest {
         smbios_strings: machine.smbios.clone(),
         sign,
         sign_within_s: machine.wait_timeout.as_secs(),
+        accept_damage: machine.accept_damage,
     }
 }
 

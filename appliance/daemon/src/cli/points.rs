@@ -79,6 +79,7 @@ pub(super) fn checkpoints(checkpoints: &[CheckpointStatus]) -> String {
         .map(|checkpoint| {
             let mut state = vec![if checkpoint.clean { "clean" } else { "unclean" }];
             state.extend(checkpoint.proven.then_some("proven"));
+            state.extend(checkpoint.damage_accepted.then_some("recovered with damage"));
             state.extend(checkpoint.pinned.then_some("pinned"));
             vec![
                 checkpoint.id.chars().take(8).collect(),

@@ -47,6 +47,11 @@ impl Breaker {
         (say, rest)
     }
 
+    /// Something has changed: it is worth another try now.
+    pub(super) const fn again(&mut self) {
+        self.rests_until = None;
+    }
+
     /// It was done. Says whether that is worth telling.
     pub(super) fn succeeded(&mut self) -> Option<Say> {
         let failures = std::mem::take(&mut self.failures);
@@ -84,6 +89,11 @@ mod tests {
         }
         assert_eq!(rests, [30, 60, 120, 240, 480, 960, 1920, 3600, 3600, 3600]);
         assert_eq!(breaker.trouble(), Some("damaged"));
+        now -= Duration::from_secs(1);
+        assert!(breaker.rests(now));
+        breaker.again();
+        assert!(!breaker.rests(now));
+        assert_eq!(breaker.trouble(), Some("damaged"), "a try is no success");
         assert_eq!(breaker.succeeded(), Some(Say::Alert));
         assert_eq!((breaker.trouble(), breaker.rests(now)), (None, false));
         assert_eq!(breaker.succeeded(), None);

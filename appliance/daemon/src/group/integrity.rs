@@ -8,6 +8,7 @@
 mod answer;
 mod ask;
 mod idle;
+mod point;
 mod repair;
 mod scrub;
 mod verify;
@@ -47,6 +48,8 @@ pub(super) struct Integrity {
     damage: Mutex<Vec<Damage>>,
     /// When a scrub or a repair was tried last, by this process.
     tried: Mutex<Option<Mono>>,
+    /// When one has ended last, whatever came of it.
+    looked: Mutex<Option<Mono>>,
     /// Reports of the peer in this minute, and when it began.
     reports: Mutex<(u32, Mono)>,
 }

@@ -4,11 +4,14 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use srn_core::ids::Seq;
+use srn_core::limits::SECTOR;
+use srn_core::time::Mono;
 use srn_store::StoreError;
 use srn_store::group::{Group as Store, Retention, Worked};
 
 use super::breaker::{Breaker, Say};
 use super::{GroupSlot, UpkeepStatus};
+use crate::clock;
 use crate::fleet::Level;
 
 /// Work is looked for at least this often.
@@ -22,6 +25,9 @@ const AFTER_FAILURE: Duration = Duration::from_secs(30);
 
 /// Priority given up by the thread: what it does, nobody waits for.
 const NICE: i32 = 5;
+
+/// Extents of damage that one event names.
+const CARRIED_NAMED: usize = 20;
 
 #[derive(Debug, Default)]
 struct Signal {
@@ -92,11 +98,21 @@ impl Drop for Maintainer {
     }
 }
 
+/// What the thread remembers between its rounds.
+#[derive(Debug, Default)]
+struct Memory {
+    told_full: bool,
+    breaker: Breaker,
+    /// Since when maintenance meets something damaged.
+    damaged_since: Option<Mono>,
+    /// Whether it carries that along.
+    carries: bool,
+}
+
 fn run(shared: &Shared, store: &Arc<Store>, group: &GroupSlot) {
-    let mut told_full = false;
-    let mut breaker = Breaker::default();
+    let mut memory = Memory::default();
     loop {
-        let pause = match work(shared, store, group, &mut told_full, &mut breaker) {
+        let pause = match work(shared, store, group, &mut memory) {
             Ok(()) => EVERY,
             Err(()) => AFTER_FAILURE,
         };
@@ -119,12 +135,22 @@ fn work(
     shared: &Shared,
     store: &Arc<Store>,
     group: &GroupSlot,
-    told_full: &mut bool,
-    breaker: &mut Breaker,
+    memory: &mut Memory,
 ) -> Result<(), ()> {
+    let Memory { told_full, breaker, damaged_since, carries } = memory;
     loop {
         let (retention, name) = match group.get().and_then(Weak::upgrade) {
-            Some(group) => (group.retention(), group.name()),
+            Some(group) => {
+                // First it is looked for, and fetched from the peer if that has it. Only then does it go
+                // along.
+                let for_good = damaged_since.is_some_and(|since| group.is_damaged_for_good(since));
+                if for_good && !*carries {
+                    breaker.again();
+                }
+                *carries = for_good;
+                store.carry_damage(for_good);
+                (group.retention(), group.name())
+            }
             // Not there yet, or not any more.
             None => return Ok(()),
         };
@@ -141,7 +167,13 @@ fn work(
                     }
                     group.engine().room();
                 }
+                tell_carried(store, group);
                 if worked == Worked::Nothing {
+                    if store.debt(&wanted).damaged > 0 {
+                        damaged_since.get_or_insert_with(clock::mono);
+                    } else if !rests {
+                        *damaged_since = None;
+                    }
                     if !rests && let Some(say) = breaker.succeeded() {
                         tell(group, say, Level::Info, "history is looked after again");
                     }
@@ -160,6 +192,7 @@ fn work(
                 return Ok(());
             }
             Err(StoreError::Corrupt(why)) if !rests => {
+                damaged_since.get_or_insert_with(clock::mono);
                 let (say, rest) = breaker.failed(why.clone(), Instant::now());
                 let rest = humantime::format_duration(rest);
                 let text = format!(
@@ -181,6 +214,29 @@ fn work(
             return Ok(());
         }
     }
+}
+
+/// Says what was damaged where history was given up, and is damaged still.
+fn tell_carried(store: &Store, group: &GroupSlot) {
+    let carried = store.take_carried();
+    let Some(group) = group.get().and_then(Weak::upgrade) else { return };
+    if carried.is_empty() {
+        return;
+    }
+    let bytes: u64 = carried.iter().map(|(_, extent)| extent.bytes()).sum();
+    let catalog = group.catalog();
+    let named = carried.iter().take(CARRIED_NAMED).map(|(no, extent)| {
+        let name = catalog.disks.get(no).map_or("a removed disk", |disk| &disk.name);
+        format!("{} bytes of disk {name} at {}", extent.bytes(), extent.start * SECTOR)
+    });
+    let named: Vec<String> = named.collect();
+    let more = if carried.len() > CARRIED_NAMED { ", and more" } else { "" };
+    let text = format!(
+        "history was moved together with {bytes} bytes in it that are damaged and that nobody has now; \
+         they stay damaged until they are written or repaired: {}{more}",
+        named.join(", ")
+    );
+    group.context.event(Level::Alert, Some(&group.name()), &text);
 }
 
 /// Tells people, or the log.

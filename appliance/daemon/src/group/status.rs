@@ -208,6 +208,8 @@ pub struct CheckpointStatus {
     pub consistent: String,
     /// Whether a server has booted from it.
     pub proven: bool,
+    /// Whether a person has recovered it with damage in it.
+    pub damage_accepted: bool,
     /// When it was made, in the node's time zone.
     pub local: String,
 }
@@ -229,6 +231,7 @@ impl From<&Checkpoint> for CheckpointStatus {
                 "crash".into()
             },
             proven: note.proven,
+            damage_accepted: note.damage_accepted,
             local: clock::in_zone(checkpoint.mark.wall_time),
         }
     }

@@ -56,6 +56,9 @@ pub struct RecoveryRequest {
     pub sign: Option<SignRequest>,
     /// How long to wait for that, in seconds.
     pub sign_within_s: u64,
+    /// Although something in the point is known to be damaged.
+    #[serde(default)]
+    pub accept_damage: bool,
 }
 
 /// A sign of life.
@@ -84,6 +87,7 @@ impl Recoveries {
         // One at a time, so that a second one sees what the first has done.
         let one_at_a_time = group.recovering.lock().await;
         check_group(group, &request)?;
+        let damage = self.damage_in(group, &request).await?;
         let host =
             Host::find().map_err(|missing| Failure::new(Kind::Missing, missing.to_string()))?;
         let folder = self.context.config().run_dir.join("machines");
@@ -106,6 +110,7 @@ impl Recoveries {
             }
             (point, group.store().epochs().current(), None)
         };
+        self.record_damage(group, &point, &damage, request.test).await;
         // Another recovery may have begun since, and none can before this one is known.
         let naming = self.naming.lock().unwrap_or_else(PoisonError::into_inner);
         let id = self.free_id(group, request.test);
@@ -165,7 +170,7 @@ impl Recoveries {
     }
 
     /// The disks as they will be, as far as that can be known before anything is done.
-    fn view_of(
+    pub(super) fn view_of(
         &self,
         group: &Arc<Group>,
         request: &RecoveryRequest,

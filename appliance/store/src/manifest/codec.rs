@@ -123,7 +123,8 @@ const PROVEN: u8 = 2;
 const DELETED: u8 = 4;
 const UNQUIET: u8 = 8;
 const UNPINNED: u8 = 16;
-const NOTE_FLAGS: u8 = PINNED | PROVEN | DELETED | UNQUIET | UNPINNED;
+const DAMAGE_ACCEPTED: u8 = 32;
+const NOTE_FLAGS: u8 = PINNED | PROVEN | DELETED | UNQUIET | UNPINNED | DAMAGE_ACCEPTED;
 
 fn note_flags(note: &Note) -> u8 {
     let flag = |set: bool, flag: u8| if set { flag } else { 0 };
@@ -132,6 +133,7 @@ fn note_flags(note: &Note) -> u8 {
         | flag(note.deleted, DELETED)
         | flag(note.unquiet, UNQUIET)
         | flag(note.unpinned, UNPINNED)
+        | flag(note.damage_accepted, DAMAGE_ACCEPTED)
 }
 
 pub(super) fn decode(bytes: &[u8]) -> Result<Manifest, BadManifest> {
@@ -236,6 +238,7 @@ pub(super) fn decode(bytes: &[u8]) -> Result<Manifest, BadManifest> {
                 deleted: flags & DELETED != 0,
                 unquiet: flags & UNQUIET != 0,
                 unpinned: flags & UNPINNED != 0,
+                damage_accepted: flags & DAMAGE_ACCEPTED != 0,
             };
             Ok((id, note))
         })?,
@@ -414,6 +417,9 @@ mod tests {
     #[test]
     fn round_trips() {
         assert_eq!(decode(&encode(&sample())), Ok(sample()));
+        let mut other = sample();
+        other.notes.values_mut().for_each(|note| note.damage_accepted = true);
+        assert_eq!(decode(&encode(&other)), Ok(other));
     }
 
     fn hex(bytes: &[u8]) -> String {

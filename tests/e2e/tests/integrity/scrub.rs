@@ -143,3 +143,80 @@ async fn what_nobody_has_stays_known_and_is_given_only_to_who_accepts_it() {
     let sectors = format!("{}+8", page * PAGE / 512);
     told(&recovery, &["accepted damage", &sectors]).await;
 }
+
+/// Damage in what was to be given up kept history from being given up for ever. It is looked at, it cannot
+/// be fetched while the peer is away, and then history goes on around it; nothing becomes zero, and when
+/// the peer is back it is repaired.
+#[tokio::test]
+async fn history_is_given_up_around_what_is_damaged() {
+    let lab = Lab::new();
+    let (mut production, mut recovery) = replicated(&lab, "16M").await;
+    expect_damage(&mut [&mut production, &mut recovery]);
+    for text in ["looking for damage", "history", "not connected"] {
+        recovery.expect_in_log(text);
+    }
+    let _ = recovery.srn(&["group", "set", GROUP, "--history", "1d"]).await.done();
+    let mut chance = Chance::from_env("SRN_SEED");
+    write_chance(&production, &mut chance, 0, 4 * MIB).await;
+    production.in_step(GROUP).await;
+    let whole = exported(&lab, &production).await;
+    production.stop().await;
+    // Content in the middle of a segment.
+    let log = files(&group_dir(&recovery).join("log"), "seg").into_iter();
+    let written = |path: &std::path::PathBuf| {
+        let bytes = std::fs::read(path).expect("it is readable");
+        bytes.len() > 600_000
+            && bytes[4096..4100] == *b"SRNe"
+            && bytes[500_000..500_100].iter().any(|byte| *byte != 0)
+    };
+    let path = log.into_iter().find(written).expect("a segment with content");
+    flip(&path, 500_000);
+    let _ = recovery.srn(&["group", "set", GROUP, "--history", "0s"]).await.done();
+    told(&recovery, &["history was moved together with", "stay damaged", "of disk root at"]).await;
+    let file = lab.path("never");
+    let export = ["export", GROUP, "root", "--raw", file.to_str().expect("a path in UTF-8")];
+    let ran = recovery.srn(&export).await;
+    assert!(ran.code != 0 && !file.exists(), "damage was exported: {ran:#?}");
+    let ran = recovery.srn(&["scrub", GROUP]).await;
+    assert!(ran.code == STORAGE && ran.err.contains("of disk root at"), "{ran:#?}");
+    production.start().await;
+    production.in_step(GROUP).await;
+    let found = recovery.json(&["scrub", GROUP]).await;
+    assert_eq!(found["damaged"], serde_json::json!([]), "{found:#}");
+    assert!(exported(&lab, &recovery).await == whole, "the content differs");
+}
+
+/// What is known to be damaged in a point stops a failover to it, until a person accepts that.
+#[tokio::test]
+async fn a_failover_with_known_damage_has_to_be_accepted() {
+    let lab = Lab::new();
+    let (mut production, mut recovery) = replicated(&lab, "16M").await;
+    expect_damage(&mut [&mut production, &mut recovery]);
+    recovery.expect_in_log("failed over");
+    let mut chance = Chance::from_env("SRN_SEED");
+    write_chance(&production, &mut chance, 8 * MIB, MIB).await;
+    write_chance(&production, &mut chance, 0, 4 * MIB).await;
+    let page = 8 * MIB / PAGE + 5;
+    let base = in_base(&recovery, &[page]).await;
+    let create = ["checkpoint", "create", GROUP, "--label", "good", "--pin", "--wait"];
+    let _ = production.srn(&create).await.done();
+    production.in_step(GROUP).await;
+    production.stop().await;
+    base.flip(page);
+    let ran = recovery.srn(&["scrub", GROUP]).await;
+    assert_eq!(ran.code, STORAGE, "{ran:#?}");
+    let what = format!("4096 bytes of disk root at {}", page * PAGE);
+    let run = ["failover", "run", GROUP, "--no-start", "--at", "good", "--yes-production-is-off"];
+    recovery.srn(&run).await.refused(STORAGE, &[&what, "--accept-damage"]);
+    assert_eq!(recovery.group(GROUP).await["role"], "secondary", "something was done");
+    let _ = recovery.srn(&[&run[..], &["--accept-damage"]].concat()).await.done();
+    assert_eq!(recovery.group(GROUP).await["role"], "primary");
+    told(&recovery, &["failover from", "with accepted damage", &what]).await;
+    let all = recovery.json(&["checkpoint", "list", GROUP]).await;
+    assert_eq!(all[0]["label"], "good", "{all:#}");
+    assert_eq!(all[0]["damage_accepted"], true, "{all:#}");
+    // What is damaged is served to nobody, as before.
+    let client = recovery.open("recovery/web/root").await;
+    assert!(client.read(page * PAGE, 4096).await.is_err(), "damage is served");
+    assert!(client.read((page + 1) * PAGE, 4096).await.is_ok());
+}

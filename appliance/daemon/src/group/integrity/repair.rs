@@ -1,7 +1,8 @@
 //! Fetching from the peer what is damaged here.
 //!
 //! Invariant: nothing is put in place that is not proven to be what was there: a page by its own
-//! checksum or by having been read at exactly the base's position; frames by the chain of hashes.
+//! checksum or by having been read at exactly a position at which the base answers for it here; a block of
+//! a layer by its checksum in the layer's index; frames by the chain of hashes.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -11,11 +12,11 @@ use bytes::Bytes;
 use srn_core::epoch::Position;
 use srn_core::extent::Extent;
 use srn_core::ids::{DiskNo, EpochId, Seq};
-use srn_core::limits::{PAGE, PAGE_SECTORS};
+use srn_core::limits::PAGE_SECTORS;
 use srn_core::wire::{CONTENT_SECTORS_MAX, Words};
 use srn_store::frame::Frame;
 use srn_store::group::damage::DamagedPart;
-use srn_store::group::{Missing, Repaired, content_hash, pages_of};
+use srn_store::group::{LayerBlock, Missing, Repaired, content_hash, pages_of};
 use srn_store::manifest::Role;
 
 use super::ask::Unanswered;
@@ -39,8 +40,8 @@ impl Group {
             DamagedPart::Frames { epoch, first, last } => {
                 self.repair_frames(epoch, first, last).await?;
             }
-            DamagedPart::Layer { .. } => {
-                return Err("content of layers is not fetched from the peer yet".into());
+            DamagedPart::Layer { file, disk, extent } => {
+                self.repair_block(file, disk, extent).await?;
             }
             DamagedPart::Index { file } => {
                 let store = self.store.clone();
@@ -103,13 +104,7 @@ impl Group {
                 }
             };
             let store = self.store.clone();
-            let done = idle::run(move || {
-                let mut done = Vec::new();
-                for (page, content) in (first..).zip(bytes.chunks(PAGE)) {
-                    done.push(store.repair_page(disk, page, content, at)?);
-                }
-                Ok::<_, srn_store::StoreError>(done)
-            });
+            let done = idle::run(move || store.repair_pages(disk, first, &bytes, at));
             let done = done.await.map_err(words)?.map_err(|error| error.to_string())?;
             if done.iter().all(|done| matches!(done, Repaired::Yes | Repaired::NotNeeded)) {
                 return Ok(());
@@ -119,17 +114,56 @@ impl Group {
         Err(why)
     }
 
+    /// Repairs a block of a layer.
+    async fn repair_block(
+        self: &Arc<Self>,
+        file: u32,
+        disk: DiskNo,
+        extent: Extent,
+    ) -> Result<(), Why> {
+        let store = self.store.clone();
+        let block = idle::run(move || store.damaged_block(file, disk, extent)).await;
+        let block = block.map_err(words)?.map_err(|error| error.to_string())?;
+        let Some(LayerBlock { whole, places }) = block else { return Ok(()) };
+        let mut why = "the peer has it at no position that it keeps".to_owned();
+        for at in places.into_iter().chain(self.newest_of_both()) {
+            let bytes = match self.ask_content(at, disk, whole).await {
+                Ok(bytes) => bytes,
+                Err(Unanswered::NotInHistory(_)) => continue,
+                Err(Unanswered::NoCopy) => {
+                    return Err("the peer keeps a local cache, which has no copy of it".into());
+                }
+                Err(Unanswered::Failed(failure)) => {
+                    why = failure.message;
+                    continue;
+                }
+            };
+            let store = self.store.clone();
+            let done = idle::run(move || store.repair_block(file, disk, extent, &bytes)).await;
+            match done.map_err(words)?.map_err(|error| error.to_string())? {
+                Repaired::Yes | Repaired::NotNeeded => return Ok(()),
+                Repaired::NotTheSame => why = "what the peer has now is newer".into(),
+                Repaired::Later => return Err("it is being moved; it is tried again".into()),
+            }
+        }
+        Err(why)
+    }
+
     /// Positions at which the peer may still have what the base has: the base's own, then the newest
     /// that both hold.
     fn places_to_ask_at(self: &Arc<Self>) -> Vec<Position> {
-        let newest = match self.role() {
+        self.store.base_position().into_iter().chain(self.newest_of_both()).collect()
+    }
+
+    /// The newest position that both nodes hold.
+    fn newest_of_both(self: &Arc<Self>) -> Option<Position> {
+        match self.role() {
             Role::Secondary => Some(self.store.head()),
             Role::Primary => {
                 let acked = self.store.acked();
                 self.store.view_at(acked).ok().map(|view| view.catalog().at)
             }
-        };
-        self.store.base_position().into_iter().chain(newest).collect()
+        }
     }
 
     async fn ask_content(

@@ -199,7 +199,8 @@ impl Group {
                 Err(why) => {
                     if is_news {
                         let text = format!(
-                            "{} is damaged: {why}; what is damaged cannot be recovered from here                              until it is repaired (with it: srn export --accept-damage)",
+                            "{} is damaged: {why}; what is damaged cannot be recovered from here \
+                             until it is repaired (with it: --accept-damage)",
                             status.what
                         );
                         self.tell(Level::Alert, &text);
@@ -211,8 +212,21 @@ impl Group {
         }
         let (still, statuses): (Vec<Damage>, Vec<DamageStatus>) = left.into_iter().unzip();
         self.keep_damage(&still).await?;
+        *self.looked() = Some(clock::mono());
+        self.maintainer.wake();
         self.changed.notify_waiters();
         Ok((repaired, statuses))
+    }
+
+    fn looked(&self) -> std::sync::MutexGuard<'_, Option<Mono>> {
+        self.integrity.looked.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    /// Whether everything was looked at, or repairs were tried, since then, and something is damaged still:
+    /// what maintenance meets of it is known, and nobody has it now.
+    pub(in crate::group) fn is_damaged_for_good(&self, since: Mono) -> bool {
+        let looked = *self.looked();
+        looked.is_some_and(|looked| looked > since) && !self.integrity.damage().is_empty()
     }
 
     async fn described(self: &Arc<Self>, damage: Damage) -> Result<DamageStatus> {
