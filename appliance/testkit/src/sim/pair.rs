@@ -414,6 +414,12 @@ impl World {
             node.snapshot = Some(node.disk.snapshot());
             return;
         }
+        self.go_back(primary);
+    }
+
+    /// A node's machine is gone back to its snapshot, if there is one.
+    fn go_back(&mut self, primary: bool) {
+        let node = if primary { &mut self.primary } else { &mut self.secondary };
         let Some(snapshot) = node.snapshot.take() else { return };
         // What a node that has taken over does after such a thing is a failover of its own.
         if self.failed_over.is_some() || self.set_back {
@@ -546,7 +552,14 @@ impl World {
 
 fn run(seed: u64) -> Coverage {
     let mut world = World::new(seed);
-    for _ in 0..world.chance.between(200, 900) {
+    let steps = world.chance.between(200, 900);
+    for step in 0..steps {
+        // Seldom by chance that it lasts: a primary that was set back shortly before the end.
+        if seed % 10 == 7 && step == steps / 2 {
+            world.primary.snapshot = Some(world.primary.disk.snapshot());
+        } else if seed % 10 == 7 && step == steps - 10 {
+            world.go_back(true);
+        }
         world.step();
     }
     world.settle();
