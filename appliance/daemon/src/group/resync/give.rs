@@ -49,7 +49,7 @@ pub(in crate::group) struct Given {
 
 #[derive(Debug)]
 enum Source {
-    Delta(Mutex<Delta>),
+    Delta(Box<Mutex<Delta>>),
     View(Arc<View>),
 }
 
@@ -94,7 +94,7 @@ impl Given {
                 Ok(delta) => {
                     let catalog = delta.to().catalog.clone();
                     let total = delta.content_bytes()?;
-                    let source = Source::Delta(Mutex::new(delta));
+                    let source = Source::Delta(Box::new(Mutex::new(delta)));
                     return Ok(Self {
                         from,
                         to: catalog.at,
@@ -188,7 +188,7 @@ impl Reader {
                 }
                 let asked = Extent::new(from, SPAN_SECTORS.min(sectors - from));
                 let found = view.spans(disk, asked)?;
-                let end = found.last().map_or(asked.end(), |(span, _)| span.end());
+                let end = found.last().map_or_else(|| asked.end(), |(span, _)| span.end());
                 let is_data = |found: &(Extent, SpanKind)| found.1 == SpanKind::Data;
                 spans.extend(found.into_iter().filter(is_data).map(|(span, _)| span));
                 *at = Place { disk, sector: end };

@@ -150,7 +150,7 @@ impl Taker {
             Way::Changed | Way::All => Seeds::default(),
         };
         let running = Running::begin(&self.group, header.way, header.total, taken.done);
-        let (items, queue) = mpsc::unbounded_channel();
+        let (items, queue) = mpsc::channel(QUEUED_MAX);
         let work = Work {
             group: self.group.clone(),
             session: self.session.clone(),
@@ -167,7 +167,7 @@ impl Taker {
         let worker = tokio::task::spawn_blocking(move || work.run(queue));
         let receiving = async {
             loop {
-                // Bounded by credit.
+                // Bounded by credit too.
                 let (item, wire) = reader.next().await?;
                 let taken = self.lock().on_change(wire);
                 taken.map_err(|fault| LinkError::Misbehaved(fault.to_string()))?;
@@ -176,7 +176,7 @@ impl Taker {
                     .wire_received
                     .fetch_add(wire, std::sync::atomic::Ordering::Relaxed);
                 let last = item == Item::End;
-                if items.send((item, wire)).is_err() || last {
+                if items.send((item, wire)).await.is_err() || last {
                     return Ok(());
                 }
             }
@@ -328,7 +328,10 @@ struct Work {
     _busy: tokio::sync::OwnedMutexGuard<()>,
 }
 
-type Queue = mpsc::UnboundedReceiver<(Item, u64)>;
+/// Things that have come and wait to be taken in.
+const QUEUED_MAX: usize = 256;
+
+type Queue = mpsc::Receiver<(Item, u64)>;
 
 impl Work {
     /// Gives what was taken in once it is whole. What is not stays with the group, for a while.
