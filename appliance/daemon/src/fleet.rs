@@ -235,6 +235,43 @@ pub enum Source {
         #[serde(default)]
         stands_still: bool,
     },
+    /// An NBD export is read in passes.
+    Pull {
+        /// Where it is, as a person typed it.
+        uri: String,
+        /// Seconds from the beginning of a pass to that of the next.
+        every_s: u64,
+        /// The QEMU that freezes a moment for each pass and knows what has changed; none when the
+        /// export itself does not change while it is read.
+        qemu: Option<PulledQemu>,
+        /// The last pass that came to its end.
+        #[serde(default)]
+        last: Option<LastPass>,
+    },
+}
+
+/// The QEMU of a disk that is pulled.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PulledQemu {
+    /// Its QMP socket.
+    pub qmp: PathBuf,
+    /// The block node or device there.
+    pub node: String,
+    /// A directory for what the server overwrites during a pass.
+    pub scratch: PathBuf,
+}
+
+/// The end of a pass: what the disk's content in the log is equal to.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LastPass {
+    /// The moment's token in QEMU, if it has one.
+    pub token: Option<String>,
+    /// The epoch in which the pass ended: behind a failover the content is another.
+    pub epoch: String,
+    /// The frame with its end.
+    pub frame: u64,
+    /// The moment that it read, in microseconds since 1970.
+    pub moment: i64,
 }
 
 /// A recovered server.

@@ -16,6 +16,7 @@ mod lag;
 mod maintainer;
 mod mirrored;
 mod outgoing;
+mod pulled;
 mod pump;
 mod resync;
 mod retention;
@@ -33,6 +34,7 @@ pub use equal::Held;
 pub use export::{DiskExport, ReadOnlyExport, Slot, Slots};
 pub use following::Reversal;
 pub use handover::Kept;
+pub use pulled::{Landing, PassGuard, PassStatus, PullStatus, in_words};
 pub use resync::ResyncStatus;
 pub use retention::{PointFate, PolicyChange, RetentionStatus};
 pub use status::{CheckpointStatus, DiskStatus, GroupStatus, LinkStatus, LogStatus, UpkeepStatus};
@@ -131,6 +133,8 @@ struct Facts {
     sources: std::collections::BTreeMap<u32, String>,
     /// Sources' progress of initial replication or resync.
     progress: std::collections::BTreeMap<u32, CopyProgress>,
+    /// What people are told of pulled disks; by disk number.
+    pulls: std::collections::BTreeMap<u32, PullStatus>,
     /// Since when the group is not safe.
     unsafe_since: Option<srn_core::time::WallTime>,
     last_state: Option<(State, Cause)>,

@@ -35,7 +35,7 @@ use crate::fleet::Level;
 use crate::group::{Group, GroupStatus};
 use crate::nbd_cert::NbdAuthority;
 use crate::recovery::Recoveries;
-use crate::source::Mirrors;
+use crate::source::{Mirrors, Pulls};
 use backend::Exports;
 use peers::Peers;
 
@@ -63,6 +63,7 @@ pub struct Node {
     nbd_authority: Arc<NbdAuthority>,
     recoveries: Recoveries,
     mirrors: Mirrors,
+    pulls: Pulls,
     stopping: CancellationToken,
     started_at: srn_core::time::WallTime,
 }
@@ -163,6 +164,7 @@ impl Node {
             nbd_authority,
             recoveries: Recoveries::new(&context),
             mirrors: Mirrors::default(),
+            pulls: Pulls::default(),
             stopping: CancellationToken::new(),
             started_at: clock::wall(),
             context,
@@ -199,6 +201,12 @@ impl Node {
     #[must_use]
     pub const fn recoveries(&self) -> &Recoveries {
         &self.recoveries
+    }
+
+    /// The disks that are pulled.
+    #[must_use]
+    pub const fn pulls(&self) -> &Pulls {
+        &self.pulls
     }
 
     /// The mirrors.
@@ -390,6 +398,7 @@ impl Node {
     pub async fn stop(self: &Arc<Self>) {
         self.stopping.cancel();
         self.mirrors.stop(&self.groups()).await;
+        self.pulls.stop(&self.groups()).await;
         self.nbd.shutdown(NBD_PATIENCE).await;
         self.groups().iter().for_each(|group| group.fall_silent());
         self.close_sessions("the node is stopping").await;

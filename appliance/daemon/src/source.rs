@@ -2,9 +2,11 @@
 
 mod copy;
 mod mirror;
+mod pull;
 
 pub use copy::{connect as connect_nbd, copy_from};
 pub use mirror::{Mirrors, find_disk};
+pub use pull::{PullRequest, Pulls, add_pull, check_pull};
 
 use std::sync::Arc;
 
@@ -25,6 +27,7 @@ impl Node {
                     Source::Mirror { qmp, node, .. } => {
                         self.mirrors().start(self, &group, disk, qmp, node);
                     }
+                    source @ Source::Pull { .. } => self.pulls().start(&group, disk, &source),
                     Source::Served if found.is_some_and(|disk| disk.content != Content::Clean) => {
                         let why = "filling it was cut off when the daemon ended; remove the disk \
                                    and add it again";

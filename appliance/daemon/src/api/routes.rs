@@ -21,6 +21,7 @@ use crate::fleet::{
 use crate::group::GroupStatus;
 use crate::node::{GroupRequest, NewToken, Node, NodeStatus, PeerStatus};
 use crate::recovery::{RecoveryRequest, RecoveryStatus};
+use crate::source::PullRequest;
 
 type Shared = State<Arc<Node>>;
 
@@ -281,6 +282,12 @@ pub struct AddDisk {
     pub node: Option<String>,
     /// An NBD export whose content the disk begins with.
     pub copy_from: Option<String>,
+    /// An NBD export, or the NBD server of a QEMU, from which the disk is read in passes.
+    pub pull: Option<String>,
+    /// Seconds from pass to pass.
+    pub every_s: Option<u64>,
+    /// Where that QEMU puts what its server overwrites during a pass.
+    pub scratch: Option<PathBuf>,
 }
 
 async fn add_disk(
@@ -293,6 +300,17 @@ async fn add_disk(
     group.check_writable()?;
     if group.catalog().by_name(name.as_str()).is_some() {
         return Err(group.has_disk(&name));
+    }
+    if let Some(uri) = request.pull {
+        if request.size.is_some() || request.copy_from.is_some() {
+            return Err(Failure::invalid("a pulled disk has no other source"));
+        }
+        let qmp = request.qmp.zip(request.node);
+        let (scratch, every_s) = (request.scratch, request.every_s);
+        let asked = PullRequest { uri, qmp, scratch, every_s };
+        let (size, source) = crate::source::check_pull(&group, &asked).await?;
+        crate::source::add_pull(&node, &group, &name, sectors(size)?, source).await?;
+        return Ok(Json(node.group_status(&group)));
     }
     match (request.size, request.qmp, request.node, request.copy_from) {
         (Some(size), None, None, None) => {
@@ -362,11 +380,16 @@ async fn remove_disk(
     let _kept = group.keep()?;
     let source = group.settings().sources.into_iter().find(|source| source.disk == no.0);
     node.mirrors().forget(&group, Some(no)).await;
+    node.pulls().forget(&group, Some(no)).await;
     node.disconnect(&group, &format!("{}/{disk}", group.name()));
     if let Err(error) = group.remove_disk(&disk).await {
         // It is still there, and followed as before.
-        if let Some(Source::Mirror { qmp, node: device, .. }) = source.map(|record| record.source) {
-            node.mirrors().start(&node, &group, no, qmp, device);
+        match source.map(|record| record.source) {
+            Some(Source::Mirror { qmp, node: device, .. }) => {
+                node.mirrors().start(&node, &group, no, qmp, device);
+            }
+            Some(source) => node.pulls().start(&group, no, &source),
+            None => {}
         }
         return Err(error);
     }

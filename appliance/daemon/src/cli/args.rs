@@ -344,7 +344,7 @@ pub(super) enum BranchCommand {
 #[derive(Debug, Subcommand)]
 pub(super) enum DiskCommand {
     /// Add a disk to a group.
-    #[command(group = clap::ArgGroup::new("source").required(true))]
+    #[command(group = clap::ArgGroup::new("source").required(true).multiple(true))]
     Add {
         /// The group.
         group: String,
@@ -355,13 +355,26 @@ pub(super) enum DiskCommand {
         size: Option<u64>,
         /// The disk of a running server: the QMP socket of its QEMU.
         #[arg(long, group = "source", requires = "node", value_name = "SOCKET")]
+        #[arg(conflicts_with_all = ["size", "copy_from"])]
         qmp: Option<PathBuf>,
         /// The block node or device there.
         #[arg(long, requires = "qmp")]
         node: Option<String>,
         /// A disk served from here that begins with the content of this NBD export.
-        #[arg(long, group = "source", value_name = "NBD-URI")]
+        #[arg(long, group = "source", value_name = "NBD-URI", conflicts_with = "size")]
         copy_from: Option<String>,
+        /// A disk that is read in passes, each of which ends with a point, from this NBD export, which
+        /// must not change while it is read; or, with --qmp, from the NBD server of that QEMU (without
+        /// a name: each pass has an export of its own), and then only what has changed.
+        #[arg(long, group = "source", value_name = "NBD-URI")]
+        #[arg(conflicts_with_all = ["size", "copy_from"])]
+        pull: Option<String>,
+        /// From the beginning of a pass to that of the next [default: 1min].
+        #[arg(long, requires = "pull", value_parser = parse_duration, value_name = "DURATION")]
+        every: Option<std::time::Duration>,
+        /// A directory on the server's host, with room for what the server overwrites during a pass.
+        #[arg(long, requires = "pull", requires = "qmp", value_name = "DIR")]
+        scratch: Option<PathBuf>,
         /// Wait for the end of initial replication, and show how far it is.
         #[arg(long)]
         wait: bool,

@@ -283,25 +283,40 @@ pub(super) fn confirm(what: &str, word: &str, option: &str) -> Result<()> {
 
 async fn disk(client: &Client, out: &Out, command: DiskCommand) -> Result<()> {
     match command {
-        DiskCommand::Add { group, name, size, qmp, node, copy_from, wait } => {
+        DiskCommand::Add {
+            group,
+            name,
+            size,
+            qmp,
+            node,
+            copy_from,
+            pull,
+            every,
+            scratch,
+            wait,
+        } => {
             let path = format!("/v1/groups/{}/disks", segment(&group)?);
             // The daemon has another working directory.
-            let qmp =
-                match qmp {
-                    Some(path) => Some(std::path::absolute(&path).map_err(|error| {
-                        Failure::invalid(format!("{}: {error}", path.display()))
-                    })?),
-                    None => None,
-                };
-            let request = AddDisk { name: name.clone(), size, qmp, node, copy_from };
+            let absolute = |path: Option<std::path::PathBuf>| match path {
+                Some(path) => std::path::absolute(&path)
+                    .map(Some)
+                    .map_err(|error| Failure::invalid(format!("{}: {error}", path.display()))),
+                None => Ok(None),
+            };
+            let (qmp, scratch) = (absolute(qmp)?, absolute(scratch)?);
+            let every_s = every.map(|every| every.as_secs());
+            let name_of = name.clone();
+            let request =
+                AddDisk { name: name_of, size, qmp, node, copy_from, pull, every_s, scratch };
             let status: GroupStatus = client.post(&path, &request).await?;
             if wait {
                 return wait_for_copy(client, out, &group, &name).await;
             }
             out.show(&status, |status| {
                 let disk = status.disks.iter().find(|disk| disk.name == name);
-                let export = disk.and_then(|disk| disk.export.clone()).unwrap_or_default();
-                format!("disk {name} was added to group {group}, export {export}")
+                let export = disk.and_then(|disk| disk.export.clone());
+                let export = export.map(|export| format!(", export {export}")).unwrap_or_default();
+                format!("disk {name} was added to group {group}{export}")
             });
         }
         DiskCommand::List { group } => {

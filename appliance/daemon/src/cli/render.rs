@@ -6,7 +6,7 @@ use crate::bandwidth::Rate;
 use crate::clock;
 use crate::config::Size;
 use crate::fleet::{EventRecord, Level, Priority};
-use crate::group::{DiskStatus, GroupStatus};
+use crate::group::{DiskStatus, GroupStatus, PassStatus, PullStatus};
 use crate::node::{NodeStatus, PeerStatus};
 use crate::recovery::{Phase, RecoveryStatus};
 
@@ -168,6 +168,45 @@ pub(super) fn disk_line(disk: &DiskStatus) -> String {
     }
     if let Some(copy) = &disk.copy {
         text.push_str(&format!(", {}", progress(copy.done, copy.total, copy.rate)));
+    }
+    if let Some(pull) = &disk.pull {
+        text.push_str(&passes(pull));
+    }
+    text
+}
+
+/// What is to be said of the passes over a pulled disk.
+fn passes(pull: &PullStatus) -> String {
+    let every = humantime::format_duration(std::time::Duration::from_secs(pull.every_s));
+    let mut text = format!("\n    read every {every} from {}", pull.uri);
+    let what = |pass: &PassStatus| match (pass.kind.as_str(), &pass.reason) {
+        ("changes", _) => "what changed".to_owned(),
+        ("first", _) => "everything, for the first time".to_owned(),
+        (_, Some(reason)) => format!("everything, as {reason}"),
+        (_, None) => "everything".to_owned(),
+    };
+    match (&pull.newest, &pull.last) {
+        (Some(newest), Some(last)) => text.push_str(&format!(
+            "; newest point of {newest}: {}, {} read, {} new",
+            what(last),
+            Size(last.read),
+            Size(last.new)
+        )),
+        (Some(newest), None) => text.push_str(&format!("; newest point of {newest}")),
+        (None, _) => text.push_str("; no point yet"),
+    }
+    match (&pull.pass, &pull.next) {
+        (Some(pass), _) => {
+            text.push_str(&format!("\n    reads {} now, of {}", what(pass), pass.time));
+            if let Some(waits) = &pass.waits {
+                text.push_str(&format!(", and waits for {waits}"));
+            }
+        }
+        (None, Some(next)) => text.push_str(&format!("\n    next pass at {next}")),
+        (None, None) => {}
+    }
+    if let Some(failed) = &pull.failed {
+        text.push_str(&format!("; the last one failed: {failed}"));
     }
     text
 }

@@ -98,6 +98,17 @@ impl Held {
         (changes, bytes)
     }
 
+    /// The changes that content which was read at `offset` still makes, and the bytes of it in them.
+    /// Blocks.
+    pub(super) fn new_content(&self, offset: u64, data: &Bytes) -> (Vec<Change>, usize) {
+        self.written(offset, data)
+    }
+
+    /// The same for an extent that reads as zero. Blocks.
+    pub(super) fn new_zero(&self, extent: Extent) -> Vec<Change> {
+        self.not_zero(extent, |part| OwnedRecord::Zero(self.disk, part))
+    }
+
     /// The parts of `data`, which is to be written at `offset`, that differ from what is held.
     fn differing(&self, offset: u64, data: &[u8]) -> Vec<Range<usize>> {
         let mut parts: Vec<Range<usize>> = Vec::new();
@@ -108,7 +119,7 @@ impl Held {
             let start = offset + at as u64;
             let read = self.view.read(self.disk, extent(start, piece.len() as u64), place);
             if let Err(error) = &read {
-                log::error!("comparing what a mirror sends with what is held: {error}");
+                log::error!("comparing what a source sends with what is held: {error}");
             }
             for block in blocks(start, piece.len()) {
                 if read.is_ok() && place.get(block.clone()) == piece.get(block.clone()) {
@@ -134,7 +145,7 @@ impl Held {
             let spans = match self.view.spans(self.disk, rest) {
                 Ok(spans) => spans,
                 Err(error) => {
-                    log::error!("comparing what a mirror sends with what is held: {error}");
+                    log::error!("comparing what a source sends with what is held: {error}");
                     vec![(rest, SpanKind::Data)]
                 }
             };

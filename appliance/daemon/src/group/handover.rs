@@ -166,7 +166,8 @@ impl Group {
         tokio::time::timeout(HALT_PATIENCE, halted).await.unwrap_or_else(|_| {
             Err(Failure::refused(
                 "a mirrored server cannot be made to stand still at the production node, or is not \
-                 followed there; once it is off, fail over without its consent (--force)",
+                 followed there, or a last pass over a pulled disk did not come to its end; once the \
+                 server is off, fail over without its consent (--force)",
             ))
         })
     }
@@ -178,7 +179,7 @@ impl Group {
             .settings()
             .sources
             .iter()
-            .filter(|record| matches!(record.source, Source::Mirror { .. }))
+            .filter(|record| matches!(record.source, Source::Mirror { .. } | Source::Pull { .. }))
             .map(|record| DiskNo(record.disk))
             // What could not be added may have left its source behind.
             .filter(|disk| disks.contains_key(disk))
@@ -200,7 +201,8 @@ impl Group {
         self.facts().handover == Handover::Halting
     }
 
-    /// A mirrored disk's server writes nothing now, and all that it wrote is here.
+    /// A mirrored disk's server writes nothing now, and all that it wrote is here; or a last pass over
+    /// a pulled disk has come to its end.
     pub fn halted(&self, disk: DiskNo) {
         {
             let mut facts = self.facts();

@@ -12,6 +12,7 @@ use std::path::PathBuf;
 use std::sync::atomic::Ordering;
 
 use super::integrity::{DamageStatus, WorkStatus};
+use super::pulled::{self, PullStatus};
 use super::resync::ResyncStatus;
 use super::synchronous::SyncStatus;
 use super::ways_out::EpochStatus;
@@ -138,12 +139,15 @@ pub struct DiskStatus {
     pub cause: String,
     /// More about why.
     pub detail: Option<String>,
-    /// `served` or `mirror`; only at the primary.
+    /// `served`, `mirror` or `pull`; only at the primary.
     pub source: Option<String>,
     /// The export's name; only at the primary.
     pub export: Option<String>,
     /// A copy that is under way.
     pub copy: Option<CopyStatus>,
+    /// The passes over a pulled disk; only at the primary.
+    #[serde(default)]
+    pub pull: Option<PullStatus>,
 }
 
 /// A copy that is under way.
@@ -286,7 +290,7 @@ impl Group {
             .disks
             .iter()
             .map(|(no, disk)| {
-                let (facts, detail) = self.state_facts(disk.content, Some(*no));
+                let (facts, detail) = self.state_facts(pulled::stands(disk), Some(*no));
                 let (state, cause) = decide(&facts);
                 (*no, state, cause, detail)
             })
@@ -385,7 +389,9 @@ impl Group {
                 return (None, None, None);
             }
             let behind = self.lag().behind(clock::mono());
-            return (Some(seconds(behind.us)), Some(behind.bytes), None);
+            // What a pulled disk's server has written since its last pass is nowhere yet.
+            let lost = seconds(behind.us).max(self.pulled_seconds().unwrap_or_default());
+            return (Some(lost), Some(behind.bytes), None);
         }
         match &*self.side() {
             Side::Incoming(incoming) => match incoming.progress() {
@@ -516,7 +522,9 @@ impl Group {
         let kind = source.map(|source| match source.source {
             Source::Served => "served",
             Source::Mirror { .. } => "mirror",
+            Source::Pull { .. } => "pull",
         });
+        let pulled = source.is_some_and(|found| matches!(found.source, Source::Pull { .. }));
         let primary = self.role() == Role::Primary;
         let copy = self.facts().progress.get(&no.0).map(|progress| CopyStatus {
             done: progress.done,
@@ -534,8 +542,10 @@ impl Group {
             cause: cause.words().into(),
             detail,
             source: kind.map(str::to_owned),
-            export: (primary && source.is_some()).then(|| format!("{group}/{}", disk.name)),
+            export: (primary && source.is_some() && !pulled)
+                .then(|| format!("{group}/{}", disk.name)),
             copy,
+            pull: self.facts().pulls.get(&no.0).filter(|_| primary && pulled).cloned(),
         }
     }
 }

@@ -132,6 +132,9 @@ impl Backend for Exports {
             for group in node.groups() {
                 let name = group.name();
                 for source in group.settings().sources {
+                    if let Source::Pull { .. } = source.source {
+                        continue;
+                    }
                     let catalog = group.catalog();
                     let no = srn_core::ids::DiskNo(source.disk);
                     if let Some(disk) = catalog.disks.get(&no) {
@@ -189,6 +192,12 @@ impl Exports {
             _ => OpenError::Unavailable(error.message),
         };
         group.check_writable().map_err(unavailable)?;
+        if let Source::Pull { uri, .. } = &source {
+            return Err(OpenError::Policy(format!(
+                "disk {name} is pulled from {uri}: nobody writes it here; to read it, export a point \
+                 of it (srn export)"
+            )));
+        }
         let filling = matches!(source, Source::Served)
             && group.catalog().disks.get(&disk).is_some_and(|disk| disk.content != Content::Clean);
         if filling {

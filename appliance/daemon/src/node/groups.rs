@@ -234,6 +234,7 @@ impl Node {
         }
         group.tell_deleted().await;
         self.mirrors.forget(&group, None).await;
+        self.pulls.forget(&group, None).await;
         group.forget_settings()?;
         self.groups_lock().remove(&group.id());
         self.disconnect(&group, "");

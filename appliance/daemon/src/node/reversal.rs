@@ -62,6 +62,7 @@ impl Node {
             self.recoveries.stop(self, &id, Duration::ZERO).await?;
         }
         self.mirrors.forget(group, None).await;
+        self.pulls.forget(group, None).await;
         let before = group.store().epochs().current();
         let turned = group.turn_round(theirs, reversal.fork).await;
         self.disconnect(group, "");

@@ -232,47 +232,39 @@ impl Qmp {
     /// # Errors
     /// Those of [`Qmp::execute`]; [`QmpError::Timeout`] when QEMU does not let go of something.
     pub async fn end_fleece(&self, names: &FleeceNames, stop_nbd: bool) -> Result<(), QmpError> {
+        let deadline = Instant::now() + PATIENCE;
         for export in self.exports().await?.into_iter().filter(|id| names.are_of(id)) {
             let gone = self.execute("block-export-del", json!({"id": export, "mode": "hard"}));
             forgive(gone.await)?;
         }
-        self.until("block-export-del", async || {
-            Ok(!self.exports().await?.iter().any(|id| names.are_of(id)))
-        })
-        .await?;
-        for job in self.jobs().await?.into_iter().filter(|job| names.are_of(&job.id)) {
-            if job.status == "concluded" {
-                forgive(self.job_dismiss(&job.id).await)?;
-            } else {
-                forgive(self.block_job_cancel(&job.id, true).await)?;
-            }
+        while self.exports().await?.iter().any(|id| names.are_of(id)) {
+            wait("block-export-del", deadline).await?;
         }
-        self.until("block-job-cancel", async || {
+        for job in self.block_jobs().await?.into_iter().filter(|job| names.are_of(&job.id)) {
+            forgive(self.block_job_cancel(&job.id, true).await)?;
+        }
+        loop {
             let jobs = self.jobs().await?;
-            let ours = jobs.into_iter().filter(|job| names.are_of(&job.id));
-            let mut gone = true;
-            for job in ours {
-                gone = false;
-                if job.status == "concluded" {
-                    forgive(self.job_dismiss(&job.id).await)?;
-                }
+            let ours: Vec<_> = jobs.into_iter().filter(|job| names.are_of(&job.id)).collect();
+            for job in ours.iter().filter(|job| job.status == "concluded") {
+                forgive(self.job_dismiss(&job.id).await)?;
             }
-            Ok(gone)
-        })
-        .await?;
+            if ours.is_empty() {
+                break;
+            }
+            wait("block-job-cancel", deadline).await?;
+        }
         for node in [names.scratch(), names.file()] {
-            self.until("blockdev-del", async || {
-                if !self.block_nodes().await?.iter().any(|known| known.node_name == node) {
-                    return Ok(true);
+            while self.block_nodes().await?.iter().any(|known| known.node_name == node) {
+                // Perhaps still in use for a moment.
+                if forgive(self.blockdev_del(&node).await)? {
+                    break;
                 }
-                // Still in use for a moment.
-                forgive(self.blockdev_del(&node).await)?;
-                Ok(false)
-            })
-            .await?;
+                wait("blockdev-del", deadline).await?;
+            }
         }
         if stop_nbd && self.exports().await?.is_empty() {
-            forgive(self.execute("nbd-server-stop", Value::Null).await.map(drop))?;
+            forgive(self.execute("nbd-server-stop", Value::Null).await)?;
         }
         Ok(())
     }
@@ -390,32 +382,26 @@ impl Qmp {
             }
         }
     }
+}
 
-    /// Waits until something is so.
-    async fn until(
-        &self,
-        command: &str,
-        mut is: impl AsyncFnMut() -> Result<bool, QmpError>,
-    ) -> Result<(), QmpError> {
-        let deadline = Instant::now() + PATIENCE;
-        while !is().await? {
-            if Instant::now() > deadline {
-                return Err(late(command));
-            }
-            sleep(EVERY).await;
-        }
-        Ok(())
+/// Waits for the next look, if there shall be one.
+async fn wait(command: &str, deadline: Instant) -> Result<(), QmpError> {
+    if Instant::now() > deadline {
+        return Err(late(command));
     }
+    sleep(EVERY).await;
+    Ok(())
 }
 
 fn late(command: &str) -> QmpError {
     QmpError::Timeout { command: command.to_owned(), seconds: PATIENCE.as_secs() }
 }
 
-/// A refusal means that it is gone, or goes: that is looked at afterwards.
-fn forgive(done: Result<impl Sized, QmpError>) -> Result<(), QmpError> {
+/// A refusal means that it is gone, or goes: that is looked at afterwards. Whether there was none.
+fn forgive(done: Result<impl Sized, QmpError>) -> Result<bool, QmpError> {
     match done {
-        Ok(_) | Err(QmpError::Refused { .. }) => Ok(()),
+        Ok(_) => Ok(true),
+        Err(QmpError::Refused { .. }) => Ok(false),
         Err(error) => Err(error),
     }
 }
