@@ -65,6 +65,8 @@ pub enum Cause {
     MirrorInterrupted,
     /// The source's mirror is not running: the server's writes do not come in.
     SourceGone,
+    /// The last pass over a pulled disk failed: what its server writes does not come in.
+    PassFailed,
     /// The log reached its cap and the policy is `stop`: the server goes on unprotected.
     LogFull,
     /// A failover at the peer has fenced this node.
@@ -171,6 +173,7 @@ impl Cause {
             Self::InitialReplication => "initial replication",
             Self::MirrorInterrupted => "the mirror was interrupted and sends what it missed",
             Self::SourceGone => "the source's mirror is not running",
+            Self::PassFailed => "the last pass over a pulled disk failed",
             Self::LogFull => "the log is full and the policy is stop",
             Self::FailoverAtPeer => "the peer has failed over and goes on in a newer epoch",
             Self::Handover => "drained for a planned failover",

@@ -198,12 +198,12 @@ fn passes(pull: &PullStatus) -> String {
     match (&pull.pass, &pull.next) {
         (Some(pass), _) => {
             text.push_str(&format!("\n    reads {} now, of {}", what(pass), pass.time));
-            if let Some(waits) = &pass.waits {
-                text.push_str(&format!(", and waits for {waits}"));
-            }
         }
         (None, Some(next)) => text.push_str(&format!("\n    next pass at {next}")),
         (None, None) => {}
+    }
+    if let Some(waits) = &pull.waits {
+        text.push_str(&format!("; waits for {waits}"));
     }
     if let Some(failed) = &pull.failed {
         text.push_str(&format!("; the last one failed: {failed}"));

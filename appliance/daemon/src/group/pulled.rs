@@ -44,8 +44,6 @@ pub struct PassStatus {
     pub reason: Option<String>,
     /// The moment whose content it reads, in RFC 3339.
     pub time: String,
-    /// What it waits for, while it does.
-    pub waits: Option<String>,
     /// Bytes read from the server.
     pub read: u64,
     /// Bytes of content that were new, and are in the log.
@@ -61,6 +59,8 @@ pub struct PullStatus {
     pub every_s: u64,
     /// The pass that is under way.
     pub pass: Option<PassStatus>,
+    /// What it, or the next one, waits for, while it does.
+    pub waits: Option<String>,
     /// The last one that came to its end since the daemon was started.
     pub last: Option<PassStatus>,
     /// The moment of the newest point, in RFC 3339.

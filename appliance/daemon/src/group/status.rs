@@ -302,6 +302,7 @@ impl Group {
         let fence = self.fence().map(|fence| fence.cause);
         let paused = self.record().paused;
         let primary = self.role() == Role::Primary;
+        let source_cause = self.source_cause(disk);
         let facts = self.facts();
         let mut failure = facts.failure.as_ref().map(|(cause, text)| {
             detail = Some(text.clone());
@@ -312,7 +313,7 @@ impl Group {
             && primary
             && fence.is_none()
         {
-            failure = Some(Cause::SourceGone);
+            failure = Some(source_cause);
             detail = Some(why.clone());
         }
         if let Some(why) = &facts.full
@@ -327,6 +328,16 @@ impl Group {
         }
         drop(facts);
         (StateFacts { content, link, paused, fence, failure }, detail)
+    }
+
+    /// What it means that a disk's source is not running.
+    fn source_cause(&self, disk: Option<DiskNo>) -> Cause {
+        let record = self.record();
+        let source = record.sources.iter().find(|source| Some(DiskNo(source.disk)) == disk);
+        match source.map(|found| &found.source) {
+            Some(Source::Pull { .. }) => Cause::PassFailed,
+            _ => Cause::SourceGone,
+        }
     }
 
     /// Looks whether the state has changed, and says so.

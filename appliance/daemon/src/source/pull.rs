@@ -27,7 +27,7 @@ mod qemu;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -46,7 +46,7 @@ use crate::error::{Failure, Result};
 use crate::fleet::{LastPass, Level, PulledQemu, Source};
 use crate::group::{Group, Landing, PassGuard, PassStatus, in_words};
 use crate::node::Node;
-use pass::{Reader, connect};
+use pass::{FOR_ROOM, Reader, connect};
 use qemu::{Frozen, tidy};
 
 /// Seconds from the beginning of a pass to that of the next, unless said otherwise.
@@ -84,8 +84,17 @@ pub struct PullRequest {
 #[derive(Debug, Default)]
 pub struct Pulls {
     tasks: Mutex<BTreeMap<(srn_core::ids::GroupId, DiskNo), JoinHandle<()>>>,
-    /// A monitor takes one client at a time: its passes come one after the other.
-    monitors: Mutex<BTreeMap<PathBuf, Arc<tokio::sync::Mutex<()>>>>,
+    /// By socket.
+    monitors: Mutex<BTreeMap<PathBuf, Arc<Monitor>>>,
+}
+
+/// A QEMU's monitor, as its pulled disks share it.
+#[derive(Debug, Default)]
+struct Monitor {
+    /// It takes one client at a time: passes come one after the other.
+    turn: tokio::sync::Mutex<()>,
+    /// Whether its NBD server was started for a pass that has not ended in order.
+    started_nbd: AtomicBool,
 }
 
 /// Checks what a person asks for, and looks at the disk. Gives its size in bytes.
@@ -146,7 +155,7 @@ impl Pulls {
         self.tasks.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn monitor(&self, qemu: &PulledQemu) -> Arc<tokio::sync::Mutex<()>> {
+    fn monitor(&self, qemu: &PulledQemu) -> Arc<Monitor> {
         let mut monitors = self.monitors.lock().unwrap_or_else(PoisonError::into_inner);
         monitors.entry(qemu.qmp.clone()).or_default().clone()
     }
@@ -244,8 +253,9 @@ impl Pulls {
         };
         let Some(known) = group.catalog().disks.get(&disk).cloned() else { return Ok(()) };
         let monitor = self.monitor(&qemu);
-        let _one_at_a_time = monitor.lock().await;
-        tidy(&qemu, &FleeceNames::new(&known.id.short()), keep, false).await.map(drop)
+        let _turn = monitor.turn.lock().await;
+        let stop_nbd = monitor.started_nbd.swap(false, Ordering::Relaxed);
+        tidy(&qemu, &FleeceNames::new(&known.id.short()), keep, stop_nbd).await.map(drop)
     }
 }
 
@@ -267,7 +277,7 @@ struct Pull {
     every: Duration,
     qemu: Option<PulledQemu>,
     names: FleeceNames,
-    monitor: Option<Arc<tokio::sync::Mutex<()>>>,
+    monitor: Option<Arc<Monitor>>,
 }
 
 /// What a pass reads, and why.
@@ -291,7 +301,12 @@ impl Kind {
 impl Pull {
     async fn run(self) {
         let mut failures = 0;
-        let mut due = Instant::now() + self.rest();
+        let rest = self.rest();
+        if !rest.is_zero() {
+            // A daemon that was killed in a pass has left one open, and QEMU saves for it.
+            self.clear_up().await;
+        }
+        let mut due = Instant::now() + rest;
         // Whether this planned failover has had its last pass.
         let mut last = false;
         loop {
@@ -310,7 +325,7 @@ impl Pull {
                     self.every.saturating_sub(began.elapsed())
                 }
                 Err(Ended::Closed(why)) => {
-                    log::debug!("group {}: disk {}: {why}", self.group.name(), self.name);
+                    log::info!("group {}: disk {}: {why}", self.group.name(), self.name);
                     self.status(|status| status.pass = None);
                     RETRY
                 }
@@ -337,6 +352,17 @@ impl Pull {
         self.group.pull_status(self.disk, change);
     }
 
+    async fn clear_up(&self) {
+        let (Some(qemu), Some(monitor)) = (&self.qemu, &self.monitor) else { return };
+        let _turn = monitor.turn.lock().await;
+        let keep = self.group.last_pass(self.disk).and_then(|last| last.token);
+        if let Err(Ended::Failed(why) | Ended::Closed(why)) =
+            tidy(qemu, &self.names, keep.as_deref(), false).await
+        {
+            log::info!("group {}: clearing up for disk {}: {why}", self.group.name(), self.name);
+        }
+    }
+
     /// Behind a restart the next pass comes when it would have come.
     fn rest(&self) -> Duration {
         let Some(last) = self.group.last_pass(self.disk) else { return Duration::ZERO };
@@ -355,7 +381,13 @@ impl Pull {
                 self.group.not_halted(self.disk);
                 // Also after a full log, where another source has filled it.
                 if Instant::now() >= due && self.group.try_again().is_ok() {
-                    return false;
+                    let room = self.group.has_room_for_pass();
+                    self.status(|status| {
+                        status.waits = (!room).then(|| FOR_ROOM.to_owned());
+                    });
+                    if room {
+                        return false;
+                    }
                 }
             } else if !last {
                 return true;
@@ -370,8 +402,8 @@ impl Pull {
         let closed = |error: Failure| Ended::Closed(error.message);
         match (&self.qemu, &self.monitor) {
             (Some(qemu), Some(monitor)) => {
-                let _one_at_a_time = monitor.lock().await;
-                self.frozen(qemu).await
+                let _turn = monitor.turn.lock().await;
+                self.frozen(qemu, monitor).await
             }
             _ => {
                 let moment = clock::wall();
@@ -400,7 +432,7 @@ impl Pull {
     }
 
     /// A pass over a moment that QEMU freezes.
-    async fn frozen(&self, qemu: &PulledQemu) -> std::result::Result<(), Ended> {
+    async fn frozen(&self, qemu: &PulledQemu, shared: &Monitor) -> std::result::Result<(), Ended> {
         let last = self.group.last_pass(self.disk);
         let here = last.as_ref().is_none_or(|last| last.epoch == self.epoch());
         let since = last.as_ref().filter(|_| here).and_then(|last| last.token.clone());
@@ -443,6 +475,9 @@ impl Pull {
                 return Err(ended);
             }
         };
+        if frozen.started_nbd() {
+            shared.started_nbd.store(true, Ordering::Relaxed);
+        }
         let outcome = tokio::select! {
             outcome = self.read_frozen(&frozen, &kind, wall) => outcome,
             ended = frozen.fails() => Err(ended),
@@ -450,6 +485,9 @@ impl Pull {
         // The bitmap that counts is that of the pass that is remembered.
         let keep = self.group.last_pass(self.disk).and_then(|last| last.token);
         let closed = frozen.close(keep.as_deref()).await;
+        if closed.is_ok() {
+            shared.started_nbd.store(false, Ordering::Relaxed);
+        }
         outcome?;
         if let Err(Ended::Failed(why) | Ended::Closed(why)) = closed {
             log::warn!("group {}: clearing up behind a pass: {why}", self.group.name());
@@ -500,7 +538,6 @@ impl Pull {
                 kind: kind.word().to_owned(),
                 reason,
                 time: clock::rfc3339(moment),
-                waits: None,
                 read: 0,
                 new: 0,
             });

@@ -226,7 +226,7 @@ async fn a_pass_never_fills_the_log() {
     for block in 0..16u8 {
         server.write(block + 1, u64::from(block) << 20, 1 << 20).await;
     }
-    let waits = |group: &Value| pull(group)["pass"]["waits"].is_string();
+    let waits = |group: &Value| pull(group)["waits"].is_string();
     let group = production.group_until(GROUP, "the pass waits for room", waits).await;
     assert_ne!(group["state"], "failed", "{group}");
     server.write(99, 23 << 20, 4096).await;
@@ -234,4 +234,25 @@ async fn a_pass_never_fills_the_log() {
     passed(&production).await;
     production.in_step(GROUP).await;
     same(&recovered(&lab, &recovery).await, &server.content().await);
+}
+
+/// A planned failover has a last pass made, whenever the next one would have come.
+#[tokio::test]
+async fn a_planned_failover_takes_what_the_server_wrote_last() {
+    let lab = Lab::new();
+    let server = Server::new(&lab).await;
+    let (mut production, mut recovery) = lab.pair().await;
+    protect(&production, "cache", &[]).await;
+    server.add(&production, "1h").await;
+    server.write(5, 1 << 20, 1 << 20).await;
+    let before = production.group(GROUP).await;
+    assert!(pull(&before)["next"].is_string(), "{before}");
+    production.expect_in_log("draining for a planned failover");
+    production.expect_in_log("fenced: ");
+    recovery.expect_in_log("failed over");
+    let run = ["failover", "run", GROUP, "--no-start", "--yes"];
+    let _ = recovery.srn(&run).await.done();
+    same(&recovered(&lab, &recovery).await, &server.content().await);
+    let fenced = |group: &Value| group["state"] == "fenced";
+    production.group_until(GROUP, "production is fenced", fenced).await;
 }

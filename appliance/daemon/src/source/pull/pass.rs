@@ -30,6 +30,13 @@ const ZERO_BYTES: u64 = 1 << 30;
 /// How often a pass that waits for room looks again without a word.
 const LOOK: Duration = Duration::from_millis(200);
 
+/// A pass that waits longer for room is given up: what its server overwrites meanwhile takes room there,
+/// and what changed waits as well in the bitmap, or on the server's disk.
+const ROOM_PATIENCE: Duration = Duration::from_secs(30);
+
+/// What a pass waits for, in words.
+pub(super) const FOR_ROOM: &str = "room in the log, which the peer empties";
+
 /// How often progress is told.
 const TELL: Duration = Duration::from_millis(200);
 
@@ -133,7 +140,7 @@ impl Reader {
         self.read(&second, landing).await?;
         plan.add(&second);
         for gap in plan.gaps(ZERO_BYTES) {
-            self.room().await;
+            self.room().await?;
             landing.zero(gap.start, gap.end - gap.start).await.map_err(closed)?;
         }
         Ok(())
@@ -188,7 +195,7 @@ impl Reader {
             while under_way.len() as u64 >= most {
                 self.landed(under_way.join_next().await)?;
             }
-            self.room().await;
+            self.room().await?;
             let Some(client) = clients.next() else { break };
             let landing = landing.clone();
             under_way.spawn(async move { one(&client, request, &landing).await });
@@ -221,22 +228,21 @@ impl Reader {
     }
 
     /// Waits until the log takes more. The server does not wait.
-    async fn room(&self) {
-        let says = |waits: Option<&str>| {
-            self.group.pull_status(self.disk, |status| {
-                if let Some(pass) = &mut status.pass {
-                    pass.waits = waits.map(str::to_owned);
-                }
-            });
-        };
+    async fn room(&self) -> Result<(), Ended> {
         if self.group.has_room_for_pass() {
-            return;
+            return Ok(());
         }
-        says(Some("room in the log, which the peer empties"));
-        while !self.group.has_room_for_pass() && self.group.check_writable().is_ok() {
+        self.group.pull_status(self.disk, |status| status.waits = Some(FOR_ROOM.to_owned()));
+        let began = Instant::now();
+        while !self.group.has_room_for_pass() {
+            self.group.check_writable().map_err(closed)?;
+            if began.elapsed() > ROOM_PATIENCE {
+                return Err(Ended::Closed("the log has no room for the pass".into()));
+            }
             let _ = tokio::time::timeout(LOOK, self.group.changed()).await;
         }
-        says(None);
+        self.group.pull_status(self.disk, |status| status.waits = None);
+        Ok(())
     }
 }
 

@@ -120,6 +120,11 @@ impl Frozen {
         &self.token
     }
 
+    /// Whether an NBD server was started for it.
+    pub(super) const fn started_nbd(&self) -> bool {
+        self.started_nbd
+    }
+
     /// Whether what was read until now was frozen.
     pub(super) async fn check(&self) -> Result<(), Ended> {
         if self.monitor.is_frozen(&self.names, &self.token).await? {
