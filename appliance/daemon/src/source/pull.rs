@@ -434,7 +434,7 @@ impl Pull {
     /// A pass over a moment that QEMU freezes.
     async fn frozen(&self, qemu: &PulledQemu, shared: &Monitor) -> std::result::Result<(), Ended> {
         let last = self.group.last_pass(self.disk);
-        let here = last.as_ref().is_none_or(|last| last.epoch == self.epoch());
+        let here = last.as_ref().is_none_or(|last| self.is_here(last));
         let since = last.as_ref().filter(|_| here).and_then(|last| last.token.clone());
         let (monitor, node, size, state) = tidy(qemu, &self.names, since.as_deref(), false).await?;
         if size != self.size {
@@ -447,7 +447,8 @@ impl Pull {
             (None, _) => Kind::First,
             (Some(_), BitmapState::Usable) => Kind::Changes,
             (Some(_), _) if !here => Kind::Everything(
-                "the group was failed over since the last pass, so its content is another".into(),
+                "the group was failed over or set back since the last pass, so its content is another"
+                    .into(),
             ),
             (Some(_), BitmapState::Gone) => Kind::Everything(
                 "the server's QEMU has no bitmap of the last pass: it was started anew, has another \
@@ -578,8 +579,10 @@ impl Pull {
         Ok(())
     }
 
-    fn epoch(&self) -> String {
-        self.group.store().epochs().current().to_string()
+    /// Whether the log goes on behind the end of that pass: nobody else has written the disk since.
+    fn is_here(&self, last: &LastPass) -> bool {
+        let store = self.group.store();
+        last.epoch == store.epochs().current().to_string() && last.frame <= store.head().seq.0
     }
 }
 

@@ -2,6 +2,7 @@
 //! and from a server that tells nothing but its content. Whatever happens in the middle of a pass, what
 //! can be recovered is what the disk was at one moment.
 
+mod device;
 mod qemu;
 mod server;
 mod uri;

@@ -205,6 +205,38 @@ async fn a_server_that_dies_in_a_pass_and_a_lost_bitmap_lead_to_a_comparison() {
     same(&recovered(&lab, &recovery).await, &server.content().await);
 }
 
+/// Somebody ends the job that keeps a moment as it was: what is read behind that is of another one.
+#[tokio::test]
+async fn a_moment_that_is_lost_in_a_pass_is_no_point() {
+    let lab = Lab::new();
+    let server = Server::new(&lab).await;
+    let (mut production, mut recovery) = lab.pair().await;
+    protect(&production, "cache", &[]).await;
+    server.add(&production, "1s").await;
+    passed(&production).await;
+    production.in_step(GROUP).await;
+    let before = server.content().await;
+    production.expect_in_log("pulling disk root");
+    production.expect_in_log("failed: ");
+    recovery.expect_in_log("failed: ");
+    into_the_middle(&production, &server, 1).await;
+    let (things, _) = server.ours().await;
+    let job = json!({"device": things.first().expect("an export"), "force": true});
+    server.monitor.execute("block-job-cancel", job).await.expect("it ends");
+    // Behind what was read, and before it.
+    server.write(2, 0, 64 << 10).await;
+    server.write(3, 7 << 20, 64 << 10).await;
+    let failed = |group: &Value| pull(group)["failed"].is_string();
+    let group = production.group_until(GROUP, "it is told", failed).await;
+    assert!(pull(&group)["failed"].as_str().expect("words").contains("no longer keeps"), "{group}");
+    same(&recovered(&lab, &recovery).await, &before);
+    server.limit_reads(0).await;
+    let last = passed(&production).await;
+    assert_eq!(last["kind"], "changes", "{last}");
+    production.in_step(GROUP).await;
+    same(&recovered(&lab, &recovery).await, &server.content().await);
+}
+
 /// A pass is larger than the log: it waits for the peer, and the server writes on.
 #[tokio::test]
 async fn a_pass_never_fills_the_log() {
