@@ -11,6 +11,7 @@ mod resync;
 mod retention;
 mod reversal;
 mod routes;
+mod schedules;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -30,6 +31,7 @@ pub use points::{CheckpointRequest, HistoryQuery, NewCheckpoint, NoteRequest};
 pub use resync::ResyncRequest;
 pub use retention::RetentionChange;
 pub use routes::{AddDisk, GroupChange, PairRequest, StopRequest, TokenRequest};
+pub use schedules::ScheduleRequest;
 
 /// The largest request body in bytes.
 const BODY_MAX: usize = 1 << 20;

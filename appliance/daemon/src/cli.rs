@@ -16,6 +16,7 @@ mod render;
 mod resync;
 mod retention;
 mod reversal;
+mod schedules;
 
 use std::io::Write;
 use std::process::ExitCode;

@@ -137,6 +137,21 @@ impl Default for RetentionRecord {
     }
 }
 
+/// When checkpoints are made by the calendar.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ScheduleRecord {
+    /// What it is called within its group.
+    pub number: u32,
+    /// The expression, as it was typed.
+    pub calendar: String,
+    /// Whether the applications are made quiet for it.
+    pub application: bool,
+    /// What its checkpoints are called, before their time.
+    pub label: Option<String>,
+    /// Its times until this one have been dealt with: microseconds since 1970.
+    pub since_us: i64,
+}
+
 /// A group's settings at this node.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GroupRecord {
@@ -157,6 +172,9 @@ pub struct GroupRecord {
     pub synchronous: Synchronous,
     /// Seconds between periodic checkpoints; 0 for none.
     pub checkpoint_every_s: u64,
+    /// Checkpoints by the calendar.
+    #[serde(default)]
+    pub schedules: Vec<ScheduleRecord>,
     /// Seconds of history that stay recoverable, where a replica is kept.
     pub history_s: u64,
     /// What is kept beyond that.

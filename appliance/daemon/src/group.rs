@@ -21,6 +21,7 @@ mod pump;
 mod resync;
 mod retention;
 mod room;
+mod schedule;
 mod session;
 mod share;
 mod status;
@@ -37,6 +38,7 @@ pub use handover::Kept;
 pub use pulled::{Landing, PassGuard, PassStatus, PullStatus, in_words};
 pub use resync::ResyncStatus;
 pub use retention::{PointFate, PolicyChange, RetentionStatus};
+pub use schedule::{ScheduleStatus, ScheduledTime};
 pub use status::{CheckpointStatus, DiskStatus, GroupStatus, LinkStatus, LogStatus, UpkeepStatus};
 pub use synchronous::SyncStatus;
 pub use ways_out::EpochStatus;
@@ -104,6 +106,8 @@ pub struct Group {
     comparing: mirrored::Comparing,
     /// Bringing a secondary up to date without frames.
     resync: resync::Resync,
+    /// Checkpoints that are due by the calendar.
+    scheduling: schedule::Scheduling,
 }
 
 /// This node's side of replicating the group.
@@ -321,6 +325,7 @@ impl Group {
             mirror_connections: tokio::sync::Mutex::default(),
             comparing: mirrored::Comparing::default(),
             resync: resync::Resync::default(),
+            scheduling: schedule::Scheduling::default(),
         });
         // Set once, here.
         let _ = slot.set(Arc::downgrade(&this));
@@ -690,6 +695,7 @@ impl Group {
         self.look_for_room();
         self.expire_branches().await;
         self.periodic_checkpoint().await;
+        self.run_schedules();
         self.offer_again().await;
         self.tell_progress();
         self.look_after_integrity();

@@ -23,6 +23,7 @@ pub mod point;
 pub mod recovery;
 pub mod source;
 pub mod supervise;
+pub mod timetable;
 
 /// The software's version.
 pub const VERSION: &str = env!("CARGO_PKG_VERSION");

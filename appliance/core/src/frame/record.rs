@@ -96,6 +96,8 @@ pub enum MarkKind {
     Manual,
     /// The last point before a planned failover.
     Final,
+    /// Its schedule, a calendar expression, said so.
+    Scheduled,
 }
 
 /// Why a disk's content is sent anew.
@@ -154,6 +156,7 @@ impl MarkKind {
             Self::Periodic => 1,
             Self::Manual => 2,
             Self::Final => 3,
+            Self::Scheduled => 4,
         }
     }
 
@@ -164,6 +167,7 @@ impl MarkKind {
             1 => Some(Self::Periodic),
             2 => Some(Self::Manual),
             3 => Some(Self::Final),
+            4 => Some(Self::Scheduled),
             _ => None,
         }
     }
@@ -175,6 +179,7 @@ impl MarkKind {
             Self::Periodic => "periodic",
             Self::Manual => "manual",
             Self::Final => "final",
+            Self::Scheduled => "scheduled",
         }
     }
 }

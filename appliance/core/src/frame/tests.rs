@@ -160,6 +160,7 @@ fn records() -> Vec<(Record<'static>, &'static str)> {
         (mark(MarkKind::Periodic, false), "04001400 44444444444444444444444444444444 01000000"),
         (mark(MarkKind::Manual, true), "04001400 44444444444444444444444444444444 02010000"),
         (mark(MarkKind::Final, false), "04001400 44444444444444444444444444444444 03000000"),
+        (mark(MarkKind::Scheduled, true), "04001400 44444444444444444444444444444444 04010000"),
         (
             Record::DiskAdd { disk, id: DiskId([0x55; 16]), sectors: 8, name: "root" },
             "05002400 02010000 55555555555555555555555555555555 0800000000000000 04 726f6f74 000000",

@@ -12,7 +12,7 @@ use srn_core::limits::{DISK_SECTORS_MAX, SECTOR};
 use srn_core::name::Name;
 use srn_core::token::Token;
 
-use super::{exports, integrity, nbd_certs, points, resync, retention, reversal};
+use super::{exports, integrity, nbd_certs, points, resync, retention, reversal, schedules};
 use crate::config::Size;
 use crate::error::{Failure, Result};
 use crate::fleet::{
@@ -52,6 +52,8 @@ pub(super) fn router(node: Arc<Node>) -> Router {
         .route("/v1/groups/{group}/disks/{disk}", delete(remove_disk))
         .route("/v1/groups/{group}/checkpoints", get(points::list).post(points::create))
         .route("/v1/groups/{group}/checkpoints/{name}", patch(points::note).delete(points::remove))
+        .route("/v1/groups/{group}/schedules", get(schedules::list).post(schedules::add))
+        .route("/v1/groups/{group}/schedules/{number}", delete(schedules::remove))
         .route("/v1/groups/{group}/history", get(points::history))
         .route("/v1/groups/{group}/retention", get(retention::show).patch(retention::set))
         .route("/v1/groups/{group}/retention/preview", post(retention::preview))

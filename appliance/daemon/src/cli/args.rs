@@ -8,7 +8,9 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use srn_core::name::Name;
 
-pub(super) use points::{AT_HELP, CheckpointCommand, HistoryArgs, PolicyArgs, RetentionCommand};
+pub(super) use points::{
+    AT_HELP, CheckpointCommand, HistoryArgs, PolicyArgs, RetentionCommand, ScheduleCommand,
+};
 
 use crate::config::{CONTROL_SOCKET, parse_duration, parse_size};
 

@@ -117,6 +117,9 @@ pub(super) async fn checkpoint(
                 None => format!("checkpoint {} was asked of the production node", made.id),
             });
         }
+        CheckpointCommand::Schedule(command) => {
+            super::schedules::schedule(client, out, command).await?
+        }
         CheckpointCommand::List { group } => {
             let listed: Vec<CheckpointStatus> = client.get(&all(&group)?).await?;
             out.show(&listed, |listed| checkpoints(listed));

@@ -36,6 +36,9 @@ pub(in crate::cli) enum CheckpointCommand {
         #[arg(long, default_value = "1min", value_parser = parse_duration, value_name = "DURATION")]
         wait_timeout: std::time::Duration,
     },
+    /// Checkpoints by the calendar, made at the production node.
+    #[command(subcommand)]
+    Schedule(ScheduleCommand),
     /// List checkpoints, oldest first.
     List {
         /// The group.
@@ -70,6 +73,39 @@ pub(in crate::cli) enum CheckpointCommand {
         group: String,
         /// Its label, or the beginning of its id.
         checkpoint: String,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(in crate::cli) enum ScheduleCommand {
+    /// Make checkpoints at the times of a calendar expression. One that is missed, while the daemon is
+    /// down or a disk is in a resync, is made once as soon as it can be.
+    Add {
+        /// The group.
+        group: String,
+        /// When, as systemd writes it (systemd.time(7)): "Mon..Fri 02:00", "*:0/15", "*-*~01 23:30 UTC"
+        /// (the last day of each month), daily. Without a zone behind it: by the clock of this node;
+        /// what is not there as clocks are put forward is made at that moment, an hour that is there
+        /// twice counts once.
+        calendar: String,
+        /// Make the applications quiet for it.
+        #[arg(long, hide = true)]
+        app: bool,
+        /// What its checkpoints are called; the time comes behind it.
+        #[arg(long)]
+        label: Option<String>,
+    },
+    /// List schedules, and when they come next.
+    List {
+        /// The group.
+        group: String,
+    },
+    /// Make no more checkpoints by a schedule.
+    Remove {
+        /// The group.
+        group: String,
+        /// The schedule's number, as listed.
+        number: u32,
     },
 }
 
