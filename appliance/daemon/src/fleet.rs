@@ -152,6 +152,25 @@ pub struct ScheduleRecord {
     pub since_us: i64,
 }
 
+/// A thaw that is owed: written before applications are frozen.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FrozenRecord {
+    /// The program that is told to thaw.
+    pub hook: PathBuf,
+    /// The word by which its processes are found again.
+    pub run: String,
+    /// The id of the checkpoint that they are frozen for.
+    pub checkpoint: String,
+    /// When it began, in microseconds since 1970.
+    pub since_us: i64,
+}
+
+/// Milliseconds for which applications stand still at most, unless said otherwise: 10 s.
+#[must_use]
+pub const fn quiesce_limit_default_ms() -> u64 {
+    10_000
+}
+
 /// A group's settings at this node.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GroupRecord {
@@ -187,6 +206,15 @@ pub struct GroupRecord {
     pub log_cap_bytes: u64,
     /// A program that is run before a forced failover and makes sure that production is off.
     pub fence_hook: Option<PathBuf>,
+    /// A program that makes the applications quiet for a checkpoint.
+    #[serde(default)]
+    pub quiesce_hook: Option<PathBuf>,
+    /// Milliseconds from its beginning until they go on at the latest.
+    #[serde(default = "quiesce_limit_default_ms")]
+    pub quiesce_limit_ms: u64,
+    /// They may be frozen now.
+    #[serde(default)]
+    pub frozen: Option<FrozenRecord>,
     /// Its part of a link that it shares.
     #[serde(default)]
     pub priority: Priority,

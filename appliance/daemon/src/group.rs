@@ -18,6 +18,7 @@ mod mirrored;
 mod outgoing;
 mod pulled;
 mod pump;
+mod quiesce;
 mod resync;
 mod retention;
 mod room;
@@ -36,6 +37,7 @@ pub use export::{DiskExport, ReadOnlyExport, Slot, Slots};
 pub use following::Reversal;
 pub use handover::Kept;
 pub use pulled::{Landing, PassGuard, PassStatus, PullStatus, in_words};
+pub use quiesce::{QuiesceStatus, Quiet, check_limit, thaw_all, thaw_broken};
 pub use resync::ResyncStatus;
 pub use retention::{PointFate, PolicyChange, RetentionStatus};
 pub use schedule::{ScheduleStatus, ScheduledTime};
@@ -108,6 +110,8 @@ pub struct Group {
     resync: resync::Resync,
     /// Checkpoints that are due by the calendar.
     scheduling: schedule::Scheduling,
+    /// Checkpoints for which applications are made quiet.
+    quiescing: quiesce::Quiescing,
 }
 
 /// This node's side of replicating the group.
@@ -326,6 +330,7 @@ impl Group {
             comparing: mirrored::Comparing::default(),
             resync: resync::Resync::default(),
             scheduling: schedule::Scheduling::default(),
+            quiescing: quiesce::Quiescing::default(),
         });
         // Set once, here.
         let _ = slot.set(Arc::downgrade(&this));
@@ -695,6 +700,7 @@ impl Group {
         self.look_for_room();
         self.expire_branches().await;
         self.periodic_checkpoint().await;
+        self.thaw_what_is_left();
         self.run_schedules();
         self.offer_again().await;
         self.tell_progress();

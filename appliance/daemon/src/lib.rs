@@ -16,6 +16,7 @@ pub mod daemon;
 pub mod error;
 pub mod fleet;
 pub mod group;
+pub mod hook;
 pub mod logging;
 pub mod nbd_cert;
 pub mod node;

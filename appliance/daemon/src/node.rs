@@ -397,6 +397,7 @@ impl Node {
     /// link. Recovered servers go on: their disks come back with the next start.
     pub async fn stop(self: &Arc<Self>) {
         self.stopping.cancel();
+        crate::group::thaw_all(&self.groups()).await;
         self.mirrors.stop(&self.groups()).await;
         self.pulls.stop(&self.groups()).await;
         self.nbd.shutdown(NBD_PATIENCE).await;

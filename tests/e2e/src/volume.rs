@@ -27,6 +27,19 @@ impl Volume {
         Self::mount(dir, &["mount", "-t", "tmpfs", "-o", &size, "none"]).await
     }
 
+    /// An empty ext4 of `bytes` bytes at `dir`, kept in the file `image`: one that can be frozen.
+    ///
+    /// # Panics
+    /// When it cannot be made or mounted.
+    pub async fn ext4(dir: &Path, image: &Path, bytes: u64) -> Self {
+        let file = std::fs::File::create_new(image).expect("a new file");
+        file.set_len(bytes).expect("a sparse file");
+        let made = Command::new("mkfs.ext4").arg("-q").arg(image).status().await;
+        assert!(made.expect("mkfs.ext4, of e2fsprogs").success());
+        let image = image.to_str().expect("a path in UTF-8");
+        Self::mount(dir, &["mount", "-o", "loop", image]).await
+    }
+
     /// What is in `dir`, read-only.
     ///
     /// # Panics

@@ -62,6 +62,8 @@ pub struct CheckpointRequest {
     pub label: Option<String>,
     /// It is never to be retired.
     pub pin: bool,
+    /// The applications are made quiet for it.
+    pub application: bool,
 }
 
 /// A checkpoint that was made or asked for.
@@ -71,6 +73,12 @@ pub struct NewCheckpoint {
     pub id: String,
     /// Its frame; none when the production node was asked and has not answered yet.
     pub frame: Option<u64>,
+    /// Whether the applications were quiet: `application` or `crash`.
+    #[serde(default)]
+    pub consistent: String,
+    /// Why it is crash-consistent although it was to be more.
+    #[serde(default)]
+    pub crash_only: Option<String>,
 }
 
 /// Whether a label can be given.
@@ -98,8 +106,22 @@ pub(super) async fn create(
     if let Some(label) = &request.label {
         check_label(&group, label).await?;
     }
+    if request.application {
+        let made = group.quiet_checkpoint(MarkKind::Manual, request.label, request.pin).await?;
+        return Ok(Json(NewCheckpoint {
+            id: made.id.to_string(),
+            frame: Some(made.position.seq.0),
+            consistent: if made.crash_only.is_none() { "application" } else { "crash" }.into(),
+            crash_only: made.crash_only,
+        }));
+    }
     let made = group.checkpoint(MarkKind::Manual, request.label, request.pin).await?;
-    Ok(Json(NewCheckpoint { id: made.0.to_string(), frame: made.1.map(|at| at.seq.0) }))
+    Ok(Json(NewCheckpoint {
+        id: made.0.to_string(),
+        frame: made.1.map(|at| at.seq.0),
+        consistent: "crash".into(),
+        crash_only: None,
+    }))
 }
 
 /// A checkpoint of a group by its label or the beginning of its id.

@@ -184,6 +184,10 @@ pub struct GroupChange {
     pub scrub_every_s: Option<u64>,
     /// A program that makes sure that production is off; empty for none.
     pub fence_hook: Option<PathBuf>,
+    /// A program that makes the applications quiet for a checkpoint; empty for none.
+    pub quiesce_hook: Option<PathBuf>,
+    /// Milliseconds for which they stand still at most.
+    pub quiesce_limit_ms: Option<u64>,
     /// Its part of a link that it shares.
     pub priority: Option<Priority>,
     /// A person has made sure that the peer, to which the group was handed over, has not taken over.
@@ -220,6 +224,12 @@ async fn change_group(
     {
         return Err(Failure::invalid(format!("there is no program {}", hook.display())));
     }
+    if let Some(hook) = change.quiesce_hook.clone().filter(|hook| !hook.as_os_str().is_empty()) {
+        points::blocking(move || crate::hook::Hook::trusted(&hook)).await?;
+    }
+    if let Some(limit_ms) = change.quiesce_limit_ms {
+        crate::group::check_limit(limit_ms)?;
+    }
     if matches!(change.synchronous, Some(Synchronous::Wait | Synchronous::Degrade)) {
         group.check_synchronous()?;
     }
@@ -239,6 +249,10 @@ async fn change_group(
         if let Some(hook) = change.fence_hook {
             record.fence_hook = (!hook.as_os_str().is_empty()).then_some(hook);
         }
+        if let Some(hook) = change.quiesce_hook {
+            record.quiesce_hook = (!hook.as_os_str().is_empty()).then_some(hook);
+        }
+        set(&mut record.quiesce_limit_ms, change.quiesce_limit_ms);
     })?;
     if let Some((peer, name)) = peer {
         group.set_peer(peer, &name).await?;

@@ -235,6 +235,12 @@ pub(super) struct Settings {
     pub(super) priority: Option<LinkPriority>,
 }
 
+/// A path that may be empty, which by itself clap refuses.
+#[expect(clippy::unnecessary_wraps, reason = "the form that clap wants")]
+fn path_or_none(text: &str) -> Result<PathBuf, String> {
+    Ok(text.into())
+}
+
 #[derive(Debug, Subcommand)]
 pub(super) enum GroupCommand {
     /// Make a group of which this node is primary.
@@ -268,8 +274,17 @@ pub(super) enum GroupCommand {
         peer: Option<String>,
         /// A program that is run before a forced failover and makes sure that production is off;
         /// empty for none.
-        #[arg(long, value_name = "PROGRAM")]
+        #[arg(long, value_name = "PROGRAM", value_parser = path_or_none)]
         fence_hook: Option<PathBuf>,
+        /// A program that makes the applications of the group's servers quiet for a checkpoint: it is
+        /// called as PROGRAM freeze GROUP, and then always as PROGRAM thaw GROUP, also when freeze has
+        /// failed, and perhaps more than once. Its whole path; it and the directories above it belong
+        /// to root and are not written by others. Empty for none.
+        #[arg(long, value_name = "PROGRAM", value_parser = path_or_none)]
+        quiesce_hook: Option<PathBuf>,
+        /// The longest from freeze to thaw [default: 10s].
+        #[arg(long, value_parser = parse_duration, value_name = "DURATION")]
+        quiesce_limit: Option<std::time::Duration>,
     },
     /// Stop replicating for a while; writes are kept here.
     Pause {

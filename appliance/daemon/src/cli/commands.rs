@@ -212,8 +212,15 @@ async fn group(client: &Client, out: &Out, command: GroupCommand) -> Result<()> 
             let group: GroupStatus = client.get(&path(&name)?).await?;
             out.show(&group, render::group);
         }
-        GroupCommand::Set { name, settings, peer, fence_hook } => {
-            let change = GroupChange { peer, fence_hook, ..change(&settings) };
+        GroupCommand::Set { name, settings, peer, fence_hook, quiesce_hook, quiesce_limit } => {
+            let ms = |limit: Duration| u64::try_from(limit.as_millis()).unwrap_or(u64::MAX);
+            let change = GroupChange {
+                peer,
+                fence_hook,
+                quiesce_hook,
+                quiesce_limit_ms: quiesce_limit.map(ms),
+                ..change(&settings)
+            };
             let group: GroupStatus = client.patch(&path(&name)?, &change).await?;
             out.show(&group, render::group);
         }

@@ -106,16 +106,24 @@ pub(super) async fn checkpoint(
         all(group).and_then(|all| Ok(format!("{all}/{}", segment(name)?)))
     };
     match command {
-        CheckpointCommand::Create { group, label, pin, wait, wait_timeout } => {
-            let request = CheckpointRequest { label, pin };
+        CheckpointCommand::Create { group, label, app, pin, wait, wait_timeout } => {
+            let request = CheckpointRequest { label, pin, application: app };
             let mut made: NewCheckpoint = client.post(&all(&group)?, &request).await?;
             if wait {
                 made.frame = Some(arrival(client, &group, &made, wait_timeout).await?);
             }
             out.show(&made, |made| match made.frame {
-                Some(frame) => format!("checkpoint {} at frame {frame}", made.id),
+                Some(frame) => {
+                    let quiet = made.consistent == "application";
+                    let more = if quiet { ", application-consistent" } else { "" };
+                    format!("checkpoint {} at frame {frame}{more}", made.id)
+                }
                 None => format!("checkpoint {} was asked of the production node", made.id),
             });
+            if let Some(why) = made.crash_only {
+                let text = format!("checkpoint {} is crash-consistent only: {why}", made.id);
+                return Err(Failure::refused(text));
+            }
         }
         CheckpointCommand::Schedule(command) => {
             super::schedules::schedule(client, out, command).await?

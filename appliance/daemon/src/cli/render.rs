@@ -6,7 +6,7 @@ use crate::bandwidth::Rate;
 use crate::clock;
 use crate::config::Size;
 use crate::fleet::{EventRecord, Level, Priority};
-use crate::group::{DiskStatus, GroupStatus, PassStatus, PullStatus};
+use crate::group::{DiskStatus, GroupStatus, PassStatus, PullStatus, QuiesceStatus};
 use crate::node::{NodeStatus, PeerStatus};
 use crate::recovery::{Phase, RecoveryStatus};
 
@@ -357,6 +357,13 @@ pub(super) fn group(group: &GroupStatus) -> String {
     }
     out.extend(group.log.cap.map(|cap| format!("  its log may take {}", Size(cap))));
     out.extend(group.fence_hook.as_ref().map(|hook| format!("  fence hook {}", hook.display())));
+    out.extend(group.quiesce.iter().flat_map(quiesce));
+    if group.schedules > 0 {
+        out.push(format!(
+            "  schedules of checkpoints: {} (srn checkpoint schedule list {})",
+            group.schedules, group.name
+        ));
+    }
     out.push(format!(
         "  written {}, sent {} as {}, received {}; {} frames sent again after cuts",
         Size(group.link.content_written),
@@ -366,6 +373,19 @@ pub(super) fn group(group: &GroupStatus) -> String {
         group.link.frames_sent_again
     ));
     out.join("\n")
+}
+
+fn quiesce(quiesce: &QuiesceStatus) -> Vec<String> {
+    let limit = crate::hook::span(std::time::Duration::from_millis(quiesce.limit_ms));
+    let hook = quiesce
+        .hook
+        .as_ref()
+        .map(|hook| format!("  quiesce hook {}, {limit} at most", hook.display()));
+    let frozen = quiesce
+        .frozen_since
+        .as_ref()
+        .map(|since| format!("  applications are frozen since {since}"));
+    hook.into_iter().chain(frozen).collect()
 }
 
 pub(super) fn events(events: &[EventRecord]) -> String {

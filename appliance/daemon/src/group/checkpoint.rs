@@ -49,6 +49,19 @@ impl Group {
             self.change_note(id, note).await?;
             return Ok((id, None));
         }
+        let position = self.append_mark(id, kind, false).await?;
+        self.change_note(id, note).await?;
+        self.facts().last_checkpoint = Some(clock::mono());
+        Ok((id, Some(position)))
+    }
+
+    /// Appends a mark; durable when this returns.
+    pub(super) async fn append_mark(
+        &self,
+        id: CheckpointId,
+        kind: MarkKind,
+        application: bool,
+    ) -> Result<Position> {
         self.check_writable()?;
         if self.catalog().disks.is_empty() {
             return Err(Failure::refused(format!(
@@ -56,10 +69,7 @@ impl Group {
                 self.name()
             )));
         }
-        let position = self.append_now(vec![OwnedRecord::Mark(id, kind, false)]).await?;
-        self.change_note(id, note).await?;
-        self.facts().last_checkpoint = Some(clock::mono());
-        Ok((id, Some(position)))
+        self.append_now(vec![OwnedRecord::Mark(id, kind, application)]).await
     }
 
     /// Changes what is noted of a checkpoint here; a primary tells its peer what that may know.

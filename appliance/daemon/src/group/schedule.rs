@@ -117,10 +117,7 @@ impl Group {
         label: Option<String>,
     ) -> Result<ScheduleStatus> {
         if application {
-            return Err(Failure::refused(format!(
-                "group {} has nothing that makes its applications quiet",
-                self.name()
-            )));
+            self.has_hook()?;
         }
         let table = Timetable::parse(calendar)?;
         let now = clock::wall();
@@ -279,7 +276,7 @@ impl Group {
     }
 
     /// Why a checkpoint made now would not hold what the servers have written.
-    fn no_checkpoint_now(&self) -> Option<String> {
+    pub(super) fn no_checkpoint_now(&self) -> Option<String> {
         if let Err(error) = self.check_writable() {
             return Some(error.message);
         }
@@ -342,8 +339,22 @@ impl Group {
         }
     }
 
-    async fn scheduled(self: &Arc<Self>, _application: bool, label: Option<String>) -> Result<()> {
-        self.checkpoint(MarkKind::Scheduled, label, false).await.map(|_| ())
+    /// One whose applications cannot be made quiet is crash-consistent, and says so.
+    async fn scheduled(self: &Arc<Self>, application: bool, label: Option<String>) -> Result<()> {
+        let kind = MarkKind::Scheduled;
+        if application {
+            let this = self.clone();
+            let able = self.asks(move || this.can_be_quiet()).await;
+            match able {
+                Ok(_) => return self.quiet_checkpoint(kind, label, false).await.map(|_| ()),
+                Err(why) => {
+                    let text =
+                        format!("a scheduled checkpoint is crash-consistent only: {}", why.message);
+                    self.tell(Level::Warning, &text);
+                }
+            }
+        }
+        self.checkpoint(kind, label, false).await.map(|_| ())
     }
 
     /// The times of a schedule until this one need nothing more.

@@ -13,6 +13,7 @@ use std::sync::atomic::Ordering;
 
 use super::integrity::{DamageStatus, WorkStatus};
 use super::pulled::{self, PullStatus};
+use super::quiesce::QuiesceStatus;
 use super::resync::ResyncStatus;
 use super::synchronous::SyncStatus;
 use super::ways_out::EpochStatus;
@@ -86,6 +87,12 @@ pub struct GroupStatus {
     pub priority: Priority,
     /// What makes sure that production is off before a forced failover, if anything does.
     pub fence_hook: Option<PathBuf>,
+    /// What makes the applications quiet for a checkpoint, if anything does.
+    #[serde(default)]
+    pub quiesce: Option<QuiesceStatus>,
+    /// How many schedules of checkpoints it has.
+    #[serde(default)]
+    pub schedules: usize,
     /// Paused by a person.
     pub paused: bool,
     /// How its history is looked after.
@@ -508,6 +515,8 @@ impl Group {
             synchronous: self.synchronous_status(),
             priority: record.priority,
             fence_hook: record.fence_hook.clone(),
+            quiesce: self.quiesce_status(),
+            schedules: record.schedules.len(),
             paused: record.paused,
             upkeep: self.facts().upkeep.clone(),
             resync: self.resync_status(),

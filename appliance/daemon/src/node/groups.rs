@@ -63,6 +63,7 @@ impl Node {
     pub(super) async fn open_groups(self: &Arc<Self>) -> Result<()> {
         for record in self.context.fleet().groups()? {
             let (context, name) = (self.context.clone(), record.name.clone());
+            let as_it_was = record.clone();
             let opened = tokio::task::spawn_blocking(move || Group::open(&context, record)).await;
             let opened = opened
                 .unwrap_or_else(|error| Err(Failure::internal(format!("a task ended: {error}"))));
@@ -74,6 +75,7 @@ impl Node {
                 Err(error) => {
                     // One group that cannot be opened is no reason to leave the others alone.
                     self.context.event(Level::Alert, Some(&name), &error.message);
+                    crate::group::thaw_broken(&self.context, &as_it_was);
                     self.broken.lock().unwrap_or_else(PoisonError::into_inner).insert(name, error);
                 }
             }
@@ -182,6 +184,9 @@ impl Node {
             keep_branches_s: keep_branches_default_s(),
             log_cap_bytes: u64::MAX,
             fence_hook: None,
+            quiesce_hook: None,
+            quiesce_limit_ms: crate::fleet::quiesce_limit_default_ms(),
+            frozen: None,
             priority: Priority::default(),
             sources: Vec::new(),
             scrub_every_s: crate::fleet::scrub_every_default(),
@@ -233,6 +238,7 @@ impl Node {
                 running.join(", ")
             )));
         }
+        let _quiet = group.end_quiet_for_good().await;
         group.tell_deleted().await;
         self.mirrors.forget(&group, None).await;
         self.pulls.forget(&group, None).await;
@@ -328,6 +334,9 @@ fn record(
         keep_branches_s: keep_branches_default_s(),
         log_cap_bytes,
         fence_hook: None,
+        quiesce_hook: None,
+        quiesce_limit_ms: crate::fleet::quiesce_limit_default_ms(),
+        frozen: None,
         priority: request.priority.unwrap_or_default(),
         sources: Vec::new(),
         scrub_every_s: request.scrub_every_s.unwrap_or_else(crate::fleet::scrub_every_default),

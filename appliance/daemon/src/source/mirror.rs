@@ -316,11 +316,15 @@ impl Mirror {
                     }
                 },
                 () = tokio::time::sleep(LOOK) => self.look(&monitor, &mut watch).await?,
+                () = self.group.step_is_asked() => {}
             }
             if let Err(error) = self.group.check_writable() {
                 end_job(&monitor, &self.names).await;
                 self.let_go_on(&monitor).await?;
                 return Err(Ended::Closed(error.message));
+            }
+            if let Some(question) = self.group.asks_for_step(self.disk) {
+                self.answer(question, &monitor, &mut watch).await?;
             }
             if self.group.is_halting() {
                 self.halt(&monitor, &mut watch).await?;
@@ -328,6 +332,22 @@ impl Mirror {
                 self.let_go_on(&monitor).await?;
             }
         }
+    }
+
+    /// A server's write is done when it is done at both sides: while the job is in step, all that the
+    /// server had written before it was looked at is here.
+    async fn answer(
+        &self,
+        question: u64,
+        monitor: &Qmp,
+        watch: &mut Watch,
+    ) -> std::result::Result<(), Ended> {
+        watch.in_sync = false;
+        self.look(monitor, watch).await?;
+        if watch.in_sync && self.content() == Content::Clean {
+            self.group.is_in_step(self.disk, question);
+        }
+        Ok(())
     }
 
     /// For a planned failover the server stands still. Once it does, and the job is in step, all that

@@ -4,6 +4,8 @@
 //! The server has no operating system; its writes are made by the monitor, through the device, the
 //! way a guest's would be.
 
+mod quiesce;
+
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::sync::atomic::{AtomicUsize, Ordering};

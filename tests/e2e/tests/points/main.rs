@@ -3,5 +3,6 @@
 
 mod common;
 mod history;
+mod quiesce;
 mod retention;
 mod schedules;

@@ -26,6 +26,10 @@ pub(in crate::cli) enum CheckpointCommand {
         /// A label to find it by.
         #[arg(long)]
         label: Option<String>,
+        /// Make the applications quiet for it: application-consistent. When that fails it is
+        /// crash-consistent, and the exit code is 6.
+        #[arg(long)]
+        app: bool,
         /// Never retire it.
         #[arg(long)]
         pin: bool,
@@ -88,8 +92,9 @@ pub(in crate::cli) enum ScheduleCommand {
         /// what is not there as clocks are put forward is made at that moment, an hour that is there
         /// twice counts once.
         calendar: String,
-        /// Make the applications quiet for it.
-        #[arg(long, hide = true)]
+        /// Make the applications quiet for each (see srn group set --quiesce-hook); crash-consistent
+        /// when that fails.
+        #[arg(long)]
         app: bool,
         /// What its checkpoints are called; the time comes behind it.
         #[arg(long)]
