@@ -57,11 +57,12 @@ impl Timetable {
         let mut civil = of_jiff(self.zone.to_datetime(timestamp))?;
         loop {
             civil = self.calendar.next(civil)?;
-            // In an hour that is there for the second time, all of it has been.
             let time = self.time(civil)?;
             if time > after {
                 return Some(time);
             }
+            // In an hour that is there for the second time all of it has been.
+            civil = self.end_of_fold(civil).unwrap_or(civil);
         }
     }
 
@@ -89,6 +90,15 @@ impl Timetable {
             Ok(time) => time.to_zoned(self.zone.clone()).strftime("%F %T").to_string(),
             Err(_) => clock::rfc3339(time),
         }
+    }
+
+    /// The last microsecond of the hour that is there twice, if this time is in one.
+    fn end_of_fold(&self, civil: Civil) -> Option<Civil> {
+        let ambiguous = self.zone.to_ambiguous_timestamp(to_jiff(civil)?);
+        let AmbiguousOffset::Fold { before, .. } = ambiguous.offset() else { return None };
+        let put_back = self.zone.following(ambiguous.earlier().ok()?).next()?.timestamp();
+        let last = put_back - jiff::SignedDuration::from_micros(1);
+        of_jiff(before.to_datetime(last))
     }
 
     fn time(&self, civil: Civil) -> Option<WallTime> {
@@ -162,6 +172,12 @@ mod tests {
             at("*:0/30", "2026-10-25T00:00:00Z", 3),
             ["2026-10-25T00:30", "2026-10-25T02:00", "2026-10-25T02:30"]
         );
+    }
+
+    #[test]
+    fn what_comes_every_microsecond_is_found_at_once_too() {
+        let at = berlin("*:*:0/0.000001", "2026-10-25T01:10:00Z", 2);
+        assert_eq!(at, ["2026-10-25T02:00", "2026-10-25T02:00"]);
     }
 
     #[test]

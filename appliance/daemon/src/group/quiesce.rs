@@ -480,7 +480,7 @@ impl Group {
     async fn thaw_left(&self, _one: OwnedMutexGuard<()>, owed: &FrozenRecord, first: bool) {
         if first {
             self.tell(Level::Warning, &left_over(owed));
-            end_run(&owed.run).await;
+            end_runs(owed).await;
         }
         if let Err(why) = thaw(&self.name(), owed).await {
             self.put_off(first.then_some(why.as_str()));
@@ -550,7 +550,7 @@ pub fn thaw_broken(context: &Context, record: &GroupRecord) {
     let Some(owed) = record.frozen.clone() else { return };
     tokio::spawn(async move {
         context.event(Level::Warning, Some(&record.name), &left_over(&owed));
-        end_run(&owed.run).await;
+        end_runs(&owed).await;
         match thaw(&record.name, &owed).await {
             Ok(()) => {
                 let thawed = GroupRecord { frozen: None, ..record };
@@ -574,10 +574,21 @@ fn left_over(owed: &FrozenRecord) -> String {
     )
 }
 
+/// What an earlier daemon has started may still run, and a freeze end behind the thaw.
+async fn end_runs(owed: &FrozenRecord) {
+    end_run(&owed.run).await;
+    end_run(&thaw_run(owed)).await;
+}
+
+/// The word that names the run of a thaw.
+fn thaw_run(owed: &FrozenRecord) -> String {
+    format!("{}-thaw", owed.run)
+}
+
 /// Tells the program to thaw, more than once if need be.
 async fn thaw(name: &str, owed: &FrozenRecord) -> std::result::Result<(), String> {
     let shown = owed.hook.display();
-    let run = format!("{}-thaw", owed.run);
+    let run = thaw_run(owed);
     let mut why = String::new();
     for attempt in 0..THAW_TRIES {
         if attempt > 0 {

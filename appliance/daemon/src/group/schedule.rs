@@ -3,7 +3,8 @@
 //! A schedule is kept with the settings of this node, with the time until which it has been dealt with.
 //! What is due is made by the tick, one at a time; while it cannot be made it waits and says so, and of
 //! all that was missed meanwhile, also while the daemon was down, one is made. While this node is not
-//! the group's primary its schedules rest, and what passes then is nobody's.
+//! the group's primary its schedules rest, and what passes then is nobody's. Where only the peer is away,
+//! or the group is paused, they are made in time: the mark is in the log, and reaches the peer with it.
 //!
 //! Invariant: the time until which a schedule has been dealt with moves only when the checkpoint is in
 //! the log, or nobody wants it; so one may be made twice over a crash, and none is forgotten.
