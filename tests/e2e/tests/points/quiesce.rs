@@ -6,7 +6,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
-use srn_e2e::{Lab, Node, PATIENCE, Volume, wait_for};
+use srn_e2e::{Chance, Lab, Node, PATIENCE, Volume, wait_for};
 
 use crate::common::{CONFLICT, INVALID, REFUSED, content, protect, write};
 
@@ -147,7 +147,9 @@ async fn a_freeze_that_fails_or_hangs_is_thawed_and_the_checkpoint_says_so() {
 #[tokio::test]
 async fn what_a_killed_daemon_has_frozen_is_thawed_by_the_next() {
     let lab = Lab::new();
-    let hangs = "[ $1 = thaw ] || { sleep 1000; }";
+    // Comes to its end just behind the thaw, if it is left alone.
+    let hangs = "case $1 in freeze) rm -f $calls.thawed; while [ ! -e $calls.thawed ]; do sleep 0.01; done;; \
+                 thaw) touch $calls.thawed;; esac";
     let (path, called) = hook(&lab, hangs);
     let mut node = node(&lab, &path, "600s").await;
     node.expect_in_log("the daemon ended while the applications were being frozen");
@@ -177,6 +179,41 @@ async fn what_a_killed_daemon_has_frozen_is_thawed_by_the_next() {
     node.start().await;
     assert!(!frozen(&node).await);
     assert_eq!(node.json(&["checkpoint", "list", "web"]).await, serde_json::json!([]));
+}
+
+/// Whenever it is killed: what a freeze has begun ends with a thaw, and nothing of it comes behind that.
+#[tokio::test]
+async fn whenever_a_daemon_is_killed_no_freeze_is_left_without_a_thaw() {
+    let lab = Lab::new();
+    let mut chance = Chance::from_env("QUIESCE_SEED");
+    let (path, called) = hook(&lab, "sleep 0.05");
+    let mut node = node(&lab, &path, "60s").await;
+    node.expect_in_log("the daemon ended while the applications were being frozen");
+    for lap in 0..6 {
+        let before = calls(&called).len();
+        let asked = node.srn_command(&["checkpoint", "create", "web", "--app"]).spawn();
+        let asked = asked.expect("srn starts");
+        // After it was told to freeze, had frozen, was told to thaw, or had thawed.
+        let until = before + 1 + chance.below(4) as usize;
+        wait_for("it has come so far", PATIENCE, async || {
+            (calls(&called).len() >= until).then_some(())
+        })
+        .await;
+        node.kill().await;
+        drop(asked);
+        node.start().await;
+        wait_for("it is thawed", PATIENCE, async || (!frozen(&node).await).then_some(())).await;
+        let calls = calls(&called);
+        let ended = calls.len() > before && calls.last().is_some_and(|last| last == "thaw done");
+        assert!(ended, "lap {lap}: {calls:?}");
+        let freezes = calls[before..].iter().filter(|call| call.starts_with("freeze w")).count();
+        let first_thaw = calls[before..].iter().position(|call| call == "thaw web");
+        let last_freeze = calls[before..].iter().rposition(|call| call.starts_with("freeze"));
+        assert!(freezes == 1 && last_freeze < first_thaw, "lap {lap}: {calls:?}");
+    }
+    // What was made is as good as it says.
+    let made = node.srn(&CREATE).await.done();
+    assert!(made.out.contains("application-consistent"), "{made:#?}");
 }
 
 #[tokio::test]
