@@ -6,7 +6,8 @@
 //! Invariants:
 //! * that a thaw is owed is durable before the program is told to freeze, and stays so until it has said
 //!   that it has thawed; nothing is frozen before;
-//! * from the freeze to the beginning of the thaw it takes no longer than the limit, whatever hangs;
+//! * from the freeze to the beginning of the thaw it takes no longer than the limit, whatever hangs, and
+//!   what it takes to kill that;
 //! * a checkpoint counts as application-consistent only if all that the servers wrote before the freeze
 //!   was done is in the log before its mark, and the mark was durable before the thaw began, which
 //!   succeeded. What cannot be told after a crash counts as not so;
