@@ -102,6 +102,10 @@ mutants! {
     HashBeforeUnchecked = "hash before unchecked",
     /// The receiver takes frames of any epoch.
     EpochUnchecked = "epoch unchecked",
+    /// What changed since a frame is taken to be enough for a peer of whose frame the hash is not known.
+    CarriedUnproven = "changes sent to a history that is not proven",
+    /// What the primary takes for the newest clean point is taken over with its changes.
+    CleanPointOfPeer = "clean point of the primary taken over",
 }
 
 #[cfg(feature = "mutants")]

@@ -17,6 +17,9 @@ use crate::ids::{FrameHash, GroupId, Seq};
 use crate::mutants::{self, Mutant};
 use crate::wire::{Offer, RefuseCode};
 
+/// No log comes to have more frames. Frames come one by one, and what changed may lead anywhere.
+const SEQ_MAX: u64 = 1 << 62;
+
 /// What to answer to an offer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Answer {
@@ -184,7 +187,8 @@ impl Receiver {
     pub fn on_changes(&mut self, nonce: u64, to: Position) -> Result<(), PeerFault> {
         match &mut self.stream {
             Some(stream) if stream.nonce == nonce && !stream.begun => {
-                if to.epoch != stream.offered.current() || to.seq <= stream.last.seq {
+                let forward = to.seq > stream.last.seq && to.seq.0 <= SEQ_MAX;
+                if to.epoch != stream.offered.current() || !forward {
                     return Err(PeerFault::OtherEpoch(to.seq));
                 }
                 stream.begun = true;
@@ -447,6 +451,8 @@ mod tests {
         assert_eq!(behind.on_changes(8, at(1, 25)), Err(PeerFault::UnexpectedStream));
         assert_eq!(behind.on_changes(7, at(2, 25)), Err(PeerFault::OtherEpoch(Seq(25))));
         assert_eq!(behind.on_changes(7, at(1, 10)), Err(PeerFault::OtherEpoch(Seq(10))));
+        let nowhere = Position { seq: Seq(u64::MAX), ..at(1, 11) };
+        assert_eq!(behind.on_changes(7, nowhere), Err(PeerFault::OtherEpoch(Seq(u64::MAX))));
         assert_eq!(behind.on_change(1), Err(PeerFault::UnexpectedStream));
         behind.on_changes(7, at(1, 25)).unwrap();
         assert_eq!(behind.on_stream(7, Seq(11)), Err(PeerFault::UnexpectedStream));

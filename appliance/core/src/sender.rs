@@ -221,7 +221,8 @@ impl Sender {
                 }
                 Some(_) if theirs.seq.next() >= here.oldest && !accept.compare => Ok(()),
                 known if here.has_copy => {
-                    Err(Cannot::Frames { is_proven: known.is_some() && !accept.compare })
+                    let is_known = known.is_some() || mutants::is(Mutant::CarriedUnproven);
+                    Err(Cannot::Frames { is_proven: is_known && !accept.compare })
                 }
                 _ => stop(Stop::TooFarBehind { theirs: theirs.seq, oldest: here.oldest }),
             },

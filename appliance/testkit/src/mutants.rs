@@ -17,7 +17,9 @@ pub const fn hunter(mutant: Mutant) -> &'static Simulation {
         | Mutant::StreamUnchecked
         | Mutant::FrameOrderUnchecked
         | Mutant::HashBeforeUnchecked
-        | Mutant::EpochUnchecked => &pair::SIMULATION,
+        | Mutant::EpochUnchecked
+        | Mutant::CarriedUnproven
+        | Mutant::CleanPointOfPeer => &pair::SIMULATION,
         _ => &store::SIMULATION,
     }
 }

@@ -7,7 +7,7 @@ use super::{Integrity, Place, VERSION, Wanted, WireError, put_text, text};
 use crate::bytes::{Reader, Writer};
 use crate::epoch::{Epoch, EpochTable, Position};
 use crate::ids::{CheckpointId, DiskId, DiskNo, EpochId, FrameHash, GroupId, Seq};
-use crate::limits::{DISKS_MAX, EPOCHS_MAX, MESSAGE_MAX};
+use crate::limits::{DISK_SECTORS_MAX, DISKS_MAX, EPOCHS_MAX, MESSAGE_MAX};
 use crate::name::Name;
 use crate::time::{LogTime, WallTime};
 
@@ -539,6 +539,9 @@ pub(super) fn position(reader: &mut Reader<'_>) -> Result<Position, WireError> {
 fn under(reader: &mut Reader<'_>) -> Result<Under, WireError> {
     let to = position(reader)?;
     let next = Place { disk: DiskNo(reader.u32()?), sector: reader.u64()? };
+    if next.sector > DISK_SECTORS_MAX {
+        return Err(WireError::OutOfRange("place to go on"));
+    }
     Ok(Under { to, next })
 }
 

@@ -197,6 +197,7 @@ impl Group {
         if self.keep != Keep::Replica {
             return Ok(Worked::Nothing);
         }
+        let retention = &self.lock().with_last_clean(retention);
         let mut compacting = self.compacting.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(mut job) = compacting.job.take() else {
             return self.begin(&mut compacting, retention);
@@ -311,8 +312,10 @@ impl Group {
         };
         let floor = state.floor(retention);
         let mut until = retention.keep_from;
-        // In the middle of a resync the newest point is the last clean one.
+        // In the middle of a resync the newest point is the last clean one. What comes behind it is left
+        // alone, unless the log needs its segments back.
         if !end.catalog.is_clean()
+            && !self.frees_log.load(Ordering::Relaxed)
             && let Some(clean) = end.catalog.last_clean
         {
             until = until.min(clean.seq);
@@ -669,6 +672,20 @@ impl State {
     /// Whether a piece is on its way to the base: it stays what it is until it is there.
     fn is_retiring(&self, piece: &PieceMeta) -> bool {
         self.retiring.as_ref().is_some_and(|retiring| piece.last.seq <= retiring.to.seq)
+    }
+
+    /// The same, and in the middle of a resync the newest point that can be recovered.
+    fn with_last_clean(&self, retention: &Retention) -> Retention {
+        let mut kept = retention.clone();
+        let line = self.lines.get(&self.manifest.main);
+        let clean = line.filter(|line| !line.catalog.is_clean());
+        if let Some(clean) = clean.and_then(|line| line.catalog.last_clean)
+            && clean.seq <= kept.keep_from
+            && let Err(at) = kept.points.binary_search(&clean.seq)
+        {
+            kept.points.insert(at, clean.seq);
+        }
+        kept
     }
 
     /// The last position that nobody needs: neither the policy, nor a reader, nor another line.

@@ -36,6 +36,20 @@ impl Group {
         Cursor { group: self.clone(), line, next, reading: None }
     }
 
+    /// The newest frame up to `seq` behind which what was written can be told from what was written
+    /// before: `seq` itself while it lies in the log, else where a piece ends.
+    #[must_use]
+    pub fn told_apart_at(&self, seq: Seq) -> Seq {
+        let state = self.lock();
+        if seq.next() >= state.oldest(state.manifest.main) {
+            return seq;
+        }
+        let pieces = state.manifest.timelines.get(&state.manifest.main).map(|line| &line.pieces);
+        let ends = pieces.into_iter().flatten().map(|piece| piece.last.seq);
+        let base = state.manifest.base.as_ref().map_or(Seq::ZERO, |base| base.catalog.at.seq);
+        ends.take_while(|end| *end <= seq).last().unwrap_or(base)
+    }
+
     /// The hash of frame `seq` of the main line, if it can still be told.
     ///
     /// # Errors

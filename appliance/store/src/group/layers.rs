@@ -239,7 +239,7 @@ impl Group {
     ///
     /// # Errors
     /// As the volume says.
-    pub(super) fn room_for_layers(&self) -> Result<u64> {
+    pub fn room_for_layers(&self) -> Result<u64> {
         let free = self.shared.volume.free_bytes(&self.dir);
         let free = free.doing(|| "asking for free space".to_owned())?;
         Ok(free.saturating_sub(RESERVE_BYTES))

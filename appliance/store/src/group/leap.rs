@@ -5,6 +5,7 @@
 //! is the next that can be recovered, and between them there is none.
 //!
 //! Invariants:
+//! * the newest clean point is one that this node has;
 //! * nothing of it is seen before all of it is durable: then the main line is at the later position,
 //!   in one change of the manifest; a crash before that leaves the line where it was;
 //! * our newest frame lies on the peer's line: a line that has left it is set back first
@@ -18,6 +19,7 @@ use srn_core::epoch::{EpochTable, Position};
 use srn_core::extent::Extent;
 use srn_core::ids::DiskNo;
 use srn_core::limits::{BLOCK_MAX, DISK_SECTORS_MAX, SECTOR};
+use srn_core::mutants::{self, Mutant};
 use srn_core::time::Now;
 
 use super::append::Appender;
@@ -177,7 +179,12 @@ impl Leap {
     /// [`StoreError::NotInHistory`] when the line has moved meanwhile; as the volume says.
     pub fn finish(self, now: Now) -> Result<Appender> {
         let Self { group, from, to, output, .. } = self;
-        let catalog = to.catalog;
+        let mut catalog = to.catalog;
+        if !catalog.is_clean() && !mutants::is(Mutant::CleanPointOfPeer) {
+            // Between the two frames there is no point: the newest clean one is that of this node.
+            let here = group.catalog();
+            catalog.last_clean = if here.is_clean() { Some(from) } else { here.last_clean };
+        }
         let layer = output.finish(catalog.log_time, &[], &catalog.encode())?;
         group.sync_layers()?;
         {

@@ -314,8 +314,14 @@ impl World {
         let count = self.failed_over.or_else(|| line.count_at(&head)).unwrap_or(0);
         line.writes.check(count, &found, format_args!("the secondary's frame {}", head.seq));
         if count > 0 {
-            let clean = self.secondary.group.catalog().is_clean();
+            let catalog = self.secondary.group.catalog();
+            let clean = catalog.is_clean();
             assert_eq!(clean, line.writes.is_clean(count), "clean at the secondary");
+            // What recovery takes when nobody names a point is there.
+            if let Some(at) = catalog.last_clean.filter(|_| !clean && !self.set_back) {
+                let found = self.secondary.group.view_at(at.seq);
+                assert!(found.is_ok(), "the last clean frame {at} is not there");
+            }
         }
     }
 
@@ -454,6 +460,10 @@ impl World {
             let fault = if self.chance.percent(65) { Fault::PowerCut } else { Fault::Error };
             let node = if self.chance.percent(50) { &self.primary } else { &self.secondary };
             node.disk.fault_in(at, fault);
+        }
+        // What a node lost that was set back is soon hidden by what gave way since.
+        if self.set_back && self.chance.percent(5) {
+            self.give_way();
         }
         match self.chance.below(100) {
             0..25 => {
