@@ -120,7 +120,11 @@ impl Group {
         self.facts().no_primary = None;
         // Frames of an earlier stream must be durable or dropped before this is judged.
         self.end_stream();
-        self.resync_at_rest().await;
+        if !self.resync_at_rest().await {
+            let text = "what came before is still being taken in at the recovery node".to_owned();
+            let _ = session.send(&self.answer(RefuseCode::Storage, text)).await;
+            return self.review();
+        }
         let left = self.leave_line(&offer).await;
         let stream = self.engine().drop_frames().await;
         let mut receiver = Receiver::new(self.id, self.store.epochs(), self.store.head());

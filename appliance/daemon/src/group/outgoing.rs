@@ -281,7 +281,7 @@ impl Group {
         match phase {
             Phase::Streaming(stream) => {
                 self.peer_holds(acked);
-                self.has_given(acked);
+                self.gives_nothing();
                 log::info!(
                     "group {}: sending from frame {} of {head} on",
                     self.name(),

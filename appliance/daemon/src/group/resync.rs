@@ -19,8 +19,10 @@ mod seed;
 mod take;
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use srn_core::epoch::Position;
@@ -32,6 +34,7 @@ use srn_store::manifest::Role;
 
 use super::Group;
 use crate::clock;
+use crate::fleet::Level;
 
 pub(super) use give::Giver;
 use seed::Seeds;
@@ -39,6 +42,9 @@ pub(super) use take::{Taker, catalog_of};
 
 /// After one that failed the next is not tried for so long, in microseconds.
 const REST_US: u64 = 60_000_000;
+
+/// Whoever takes something in ends within this time, unless what it reads from hangs.
+const REST_PATIENCE: Duration = Duration::from_secs(10);
 
 /// Frames whose hashes are remembered while they are on their way; far more than credit allows.
 const SENT_MAX: usize = 65_536;
@@ -57,6 +63,10 @@ pub(super) struct Resync {
     work: Mutex<Option<Work>>,
     /// Held by whoever takes something in: one at a time.
     busy: Arc<tokio::sync::Mutex<()>>,
+    /// Whoever takes something in shall end.
+    stop: AtomicBool,
+    /// The log is to be merged before something is given, so that this does not hold on to it.
+    merging: AtomicBool,
     /// Why the last one failed, and when.
     trouble: Mutex<Option<(String, Mono)>>,
     /// Frames that were sent and are not acknowledged, with their hashes: the peer may turn out to
@@ -185,14 +195,37 @@ impl Group {
         (clock::mono().since(*at) < REST_US).then(|| why.clone())
     }
 
-    fn set_resync_trouble(&self, why: Option<String>) {
-        let mut trouble = self.resync.trouble.lock().unwrap_or_else(PoisonError::into_inner);
-        *trouble = why.map(|why| (why, clock::mono()));
+    /// It has failed; people are told, but not of the same again and again.
+    fn resync_failed(&self, why: String) {
+        let news = {
+            let mut trouble = self.resync.trouble.lock().unwrap_or_else(PoisonError::into_inner);
+            let news = trouble.as_ref().is_none_or(|(before, _)| *before != why);
+            *trouble = Some((why.clone(), clock::mono()));
+            news
+        };
+        if news {
+            self.tell(Level::Alert, &why);
+        } else {
+            log::info!("group {}: {why}", self.name());
+        }
     }
 
-    /// Waits until nothing is being taken in any more: what was, can go on where it was.
-    pub(super) async fn resync_at_rest(&self) {
-        drop(self.resync.busy.lock().await);
+    /// It goes well.
+    fn resync_goes_on(&self) {
+        *self.resync.trouble.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
+    /// Waits until nothing is being taken in any more: what was, can go on where it was. Returns
+    /// whether that was so within a time.
+    pub(super) async fn resync_at_rest(&self) -> bool {
+        self.resync.stop.store(true, Ordering::SeqCst);
+        let rest = tokio::time::timeout(REST_PATIENCE, self.resync.busy.lock()).await;
+        rest.is_ok()
+    }
+
+    /// Whether the log is to be merged as if it were full.
+    pub(super) fn merges_for_resync(&self) -> bool {
+        self.resync.merging.load(Ordering::SeqCst)
     }
 
     /// Why content is carried in place of frames now; none when it is not.

@@ -198,7 +198,7 @@ impl Group {
         // After a failover, what the old primary lacks: while there is room for it.
         let awaits = self.awaits_reversal() && giving.is_none();
         let acked = if awaits { self.fork() } else { self.store.acked() };
-        let needed = giving.map_or(acked, |(_, to)| acked.max(to.seq));
+        let needed = giving.map_or(acked, |(_, to)| acked.max(to));
         let tracked = if awaits { None } else { self.tracked_from() };
         self.store.set_frees_log(tracked.is_some());
         if self.role() == Role::Primary
@@ -210,15 +210,19 @@ impl Group {
         }
         let keep_from = retention.keep_from;
         retention.points.retain(|point| *point <= keep_from);
-        // What changed since then has to be told apart.
-        let known_from = giving.map(|(from, _)| from.seq).or(tracked);
-        if let Some(from) = known_from.filter(|from| *from <= keep_from)
-            && self.store.base_position().is_some_and(|base| base.seq <= from)
-            && !retention.points.contains(&from)
-            && (from > Seq::ZERO || self.store.acked() == Seq::ZERO)
-        {
-            retention.points.push(from);
-            retention.points.sort_unstable();
+        // What changed since has to be told apart: behind the peer's frame, and behind the one to which
+        // what it gets now leads.
+        let goals = giving.map_or([tracked, None], |(from, to)| [from, Some(to)]);
+        let base = self.store.base_position().map_or(Seq(u64::MAX), |base| base.seq);
+        for goal in goals.into_iter().flatten() {
+            let from = self.store.told_apart_at(goal);
+            if from <= keep_from
+                && base <= goal
+                && (goal > Seq::ZERO || self.store.acked() == Seq::ZERO)
+                && let Err(at) = retention.points.binary_search(&from)
+            {
+                retention.points.insert(at, from);
+            }
         }
         retention
     }

@@ -25,6 +25,10 @@ const STALL_MAX: Duration = Duration::from_secs(1);
 /// then contents are compared.
 const FORGET_AFTER: Duration = Duration::from_secs(60);
 
+/// Room on the volume below which the log is merged before it has none, in bytes: twice what is merged
+/// at once.
+const MERGE_BELOW: u64 = 1 << 30;
+
 /// So long after a wait for room the history here gives way to new writes.
 const SHORT_OF_ROOM: Duration = Duration::from_secs(30);
 
@@ -51,7 +55,7 @@ impl Group {
     /// otherwise.
     fn needed_bytes(&self) -> u64 {
         let acked = self.store.acked();
-        let from = self.giving().map_or(acked, |(_, to)| acked.max(to.seq));
+        let from = self.giving().map_or(acked, |(_, to)| acked.max(to));
         self.store.log_bytes_behind(from)
     }
 
@@ -136,11 +140,16 @@ impl Group {
         self.role() == Role::Primary
             && self.record_has_peer()
             && !self.awaits_reversal()
-            && self.is_short_of_room()
+            && (self.is_short_of_room() || self.gives_way_early())
+    }
+
+    /// Whether a log that may track gives way before it has to.
+    fn gives_way_early(&self) -> bool {
+        self.may_track() && (self.merges_for_resync() || self.volume_gets_full())
     }
 
     /// Whether frames that the peer has not got may be given up.
-    fn may_track(&self) -> bool {
+    pub(super) fn may_track(&self) -> bool {
         self.role() == Role::Primary
             && self.record_has_peer()
             && self.record().full_policy == FullPolicy::Track
@@ -149,12 +158,20 @@ impl Group {
     /// The frame from which on what changed has to be known, where the log gives way to new writes:
     /// the peer's. None where it does not; zero where not even that is affordable.
     pub(super) fn tracked_from(&self) -> Option<Seq> {
-        if !self.may_track() || !self.is_short_of_room() {
+        if !self.may_track() || !(self.is_short_of_room() || self.gives_way_early()) {
             return None;
         }
         let stalled = self.facts().stalled.as_ref().map(|(_, since)| *since);
         let forget = stalled.is_some_and(|since| is_older(since, FORGET_AFTER));
         Some(if forget { Seq::ZERO } else { self.store.acked() })
+    }
+
+    /// Whether the volume has little room left while nothing flows to the peer: merging needs some of
+    /// it, so it is not left until there is none.
+    fn volume_gets_full(&self) -> bool {
+        !self.streams()
+            && self.store.unacked_bytes() > self.store.log_bytes().0 / 2
+            && self.store.room_for_layers().is_ok_and(|room| room < MERGE_BELOW)
     }
 
     /// Whether the peer lacks more than the log holds, and what changed is known, or will be found

@@ -65,7 +65,8 @@ impl Stage {
         recovery.start().await;
         production.start().await;
         production.pair_with(&recovery).await;
-        let settings = ["--log-size", LOG, "--history", "0s", "--checkpoint-every", "0s"];
+        let log = ["--log-size", LOG, "--on-full", "throttle"];
+        let settings = [&log[..], &["--history", "0s", "--checkpoint-every", "0s"]].concat();
         protect(&production, DISK, SIZE, &settings).await;
         production.in_step(GROUP).await;
         let mut oracle_chance = chance.clone();

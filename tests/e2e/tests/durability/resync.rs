@@ -242,3 +242,41 @@ async fn a_resync_that_is_cut_goes_on_where_it_was() {
         node.expect_in_log(LINK_AGREEING);
     }
 }
+
+/// A comparison is settled in parts, and a cut comes in the middle of one.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_comparison_that_is_cut_goes_on_where_it_was() {
+    let lab = Lab::new();
+    let mut chance = Chance::from_env("SRN_SEED");
+    let (mut production, mut recovery) =
+        (small_segments(&lab, "production"), small_segments(&lab, "recovery"));
+    expect_resync(&mut [&mut production, &mut recovery]);
+    let relay = pair_through_relay(&mut production, &mut recovery, &mut chance).await;
+    let large = 192 << 20;
+    protect(&production, DISK, large, &["--checkpoint-every", "0s"]).await;
+    production.in_step(GROUP).await;
+    // The replica does not get what is written now, and has to find it out by itself.
+    let _ = production.srn(&["group", "pause", GROUP]).await.done();
+    let client = production.open(&export_of(DISK)).await;
+    let mut content = vec![0; large as usize];
+    for at in (0..192).step_by(4) {
+        write(&client, &mut content, &mut chance, at * MIB, MIB).await;
+    }
+    let slow = Shape { rate: 4 << 20, queue: 256 << 10, ..Shape::CLEAR };
+    relay.shape(slow);
+    let _ = recovery.srn(&["group", "resync", GROUP]).await.done();
+    let sent = wire_sent(&production).await;
+    let _ = production.srn(&["group", "resume", GROUP]).await.done();
+    let done = |group: &Value| group["resync"]["done"].as_u64();
+    let is_settled = |group: &Value| done(group).is_some_and(|done| done >= 64 * MIB);
+    let group = recovery.group_until(GROUP, "a part is settled", is_settled).await;
+    let before = done(&group);
+    relay.shape(Shape { cut: true, ..Shape::CLEAR });
+    production.group_until(GROUP, "the link is down", |group| group["resync"].is_null()).await;
+    relay.shape(slow);
+    let begun = recovery.group_until(GROUP, "it begins", |group| done(group).is_some()).await;
+    assert!(done(&begun) >= before, "it had come to {before:?}: {begun:#}");
+    expect_replica(&production, &recovery, DISK, &content, "a cut").await;
+    let sent = wire_sent(&production).await - sent;
+    assert!(sent <= 68 * MIB, "{sent} bytes were sent for 48 MiB in two parts");
+}

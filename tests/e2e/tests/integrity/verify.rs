@@ -51,6 +51,11 @@ async fn differences_and_damage_are_found_to_the_page() {
     recovery.expect_in_log("is not equal");
     let mut production = production;
     production.expect_in_log("is not equal");
+    // What a comparison meets is looked after.
+    for text in ["damage", "is repaired", "does not have its checksum", "do not have their"] {
+        recovery.expect_in_log(text);
+        production.expect_in_log(text);
+    }
     let mut chance = Chance::from_env("SRN_SEED");
     // What was written first is in the base when more has come.
     write_chance(&production, &mut chance, 8 * MIB, MIB).await;
@@ -79,6 +84,13 @@ async fn differences_and_damage_are_found_to_the_page() {
                 range(flipped, 1, &unreadable)
             ])
         );
+        if node.name() == "production" {
+            // Met by that, it is repaired at once; and not looked for again so soon.
+            told(&recovery, &["repaired from production"]).await;
+            let at_rest = |group: &serde_json::Value| group["work"].is_null();
+            recovery.group_until(GROUP, "the scrub has ended", at_rest).await;
+            base.flip(flipped);
+        }
     }
     // Whichever node asked, both tell.
     for (node, other) in [(&production, "recovery says"), (&recovery, "production says")] {

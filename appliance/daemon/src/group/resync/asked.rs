@@ -50,6 +50,8 @@ impl Group {
             )));
         }
         self.change_settings(|record| record.resync = None)?;
+        self.end_stream();
+        self.resync_at_rest().await;
         self.forget_resync();
         self.tell(Level::Info, "the comparison of the replica was cancelled by an administrator");
         self.offer_me_again("the comparison was cancelled").await;

@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use srn_core::bytes::{content_sum, is_zero};
@@ -24,7 +24,6 @@ use tokio::sync::{Notify, mpsc};
 use super::{Running, compare};
 use crate::clock;
 use crate::error::Failure;
-use crate::fleet::Level;
 use crate::group::Group;
 use crate::group::effort::EffortControl;
 use crate::group::outgoing::lock;
@@ -244,11 +243,20 @@ impl Giver {
             Ok(()) => return,
             // The session's end is told by the session; the peer may also have ended this stream.
             Err(GiveError::Link(error)) => log::debug!("group {name}: resync: {error}"),
+            Err(GiveError::Store(
+                error
+                @ (StoreError::Full(_) | StoreError::NotInHistory(_) | StoreError::Corrupt(_)),
+            )) => {
+                let mend = if matches!(error, StoreError::Corrupt(_)) {
+                    format!("; find and repair it: srn scrub {name}")
+                } else {
+                    String::new()
+                };
+                self.group.resync_failed(format!("resync: {error}{mend}"));
+            }
             Err(GiveError::Store(error)) => self.group.cannot_send(&error.to_string()),
             Err(GiveError::Other(failure)) => {
-                let text = format!("resync: {}", failure.message);
-                self.group.tell(Level::Alert, &text);
-                self.group.set_resync_trouble(Some(text));
+                self.group.resync_failed(format!("resync: {}", failure.message));
             }
         }
         // It must not look as if it went on.
@@ -269,7 +277,7 @@ impl Giver {
             given.to.seq,
             given.total - before
         );
-        self.group.set_resync_trouble(None);
+        self.group.resync_goes_on();
         let catalog = given.catalog.encode();
         let header = ChangesHeader {
             group: self.group.id,
@@ -319,6 +327,7 @@ impl Giver {
             self.group.append_now(vec![mark]).await?;
         }
         self.group.engine().close_segment().await;
+        self.group.merge_log_first(carry.from.seq).await;
         let (store, carry) = (self.group.store.clone(), *carry);
         let given = tokio::task::spawn_blocking(move || Given::prepare(&store, &carry)).await??;
         let given = Arc::new(given);
@@ -396,11 +405,49 @@ fn read(mut reader: Reader, mut codecs: Codecs, effort: Effort) -> tokio::task::
     })
 }
 
+/// How long the log may take to be merged before something is given.
+const MERGE_PATIENCE: Duration = Duration::from_secs(60);
+
 impl Group {
-    /// What is being given to the peer: from which frame, and up to which. Frames up to that one need
-    /// not stay in the log.
-    pub(in crate::group) fn giving(&self) -> Option<(Position, Position)> {
-        self.resync.given().as_ref().map(|(given, _)| (given.from, given.to))
+    /// What is given holds on to all that it is read from. Where the log is short of room its segments
+    /// are merged first, or new writes would find none for as long as that takes.
+    async fn merge_log_first(&self, from: Seq) {
+        if !self.may_track() || self.log_fill() < 0.25 {
+            return;
+        }
+        self.resync.merging.store(true, Ordering::SeqCst);
+        let began = Instant::now();
+        let mut least = u64::MAX;
+        let mut since = began;
+        loop {
+            let left = self.store.log_bytes_behind(from);
+            if left < least {
+                (least, since) = (left, Instant::now());
+            }
+            let done = left <= 2 * self.context.config().segment_bytes;
+            let stuck = since.elapsed() > Duration::from_secs(5);
+            if done || stuck || began.elapsed() > MERGE_PATIENCE {
+                break;
+            }
+            self.maintainer.wake();
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        self.resync.merging.store(false, Ordering::SeqCst);
+    }
+
+    /// What is being given to the peer: the frame that it goes out from, if that is to be told apart,
+    /// and the one to which it leads. Frames up to that one need not stay in the log.
+    pub(in crate::group) fn giving(&self) -> Option<(Option<Seq>, Seq)> {
+        self.resync.given().as_ref().map(|(given, _)| {
+            let from = (given.way == Way::Changed).then_some(given.from.seq);
+            (from, given.to.seq)
+        })
+    }
+
+    /// Nothing is given any more.
+    pub(in crate::group) fn gives_nothing(&self) {
+        let gone = self.resync.given().take();
+        drop(gone);
     }
 
     /// The peer has all of it.

@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::time::Duration;
 
 use srn_core::extent::Extent;
 use srn_core::ids::DiskNo;
@@ -20,6 +21,9 @@ use tokio::runtime::Handle;
 
 use crate::error::{Failure, Kind, Result};
 use crate::fleet::SeedRecord;
+
+/// How long an export may take for one leaf.
+const READ_PATIENCE: Duration = Duration::from_secs(10);
 
 /// The hash of nothing but zeros.
 pub(super) fn zero_hash(bytes: u64) -> [u8; 16] {
@@ -154,7 +158,11 @@ impl Seed {
             }
             From::Export(client, handle) => {
                 let len = u32::try_from(content.len()).unwrap_or(0);
-                let read = handle.block_on(client.read(extent.start * SECTOR, len));
+                let read = handle.block_on(async {
+                    tokio::time::timeout(READ_PATIENCE, client.read(extent.start * SECTOR, len))
+                        .await
+                });
+                let read = read.map_err(|_| cannot(&"no answer"))?;
                 content.copy_from_slice(&read.map_err(|error| cannot(&error))?);
             }
         }

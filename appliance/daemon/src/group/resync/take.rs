@@ -2,7 +2,9 @@
 //! it is durable.
 
 use std::collections::VecDeque;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use srn_core::bytes::{Reader, content_sum};
 use srn_core::epoch::EpochTable;
@@ -10,7 +12,7 @@ use srn_core::extent::Extent;
 use srn_core::ids::DiskNo;
 use srn_core::limits::{BLOCK_MAX, PAGE_SECTORS, SECTOR};
 use srn_core::name::Name;
-use srn_core::receiver::Receiver;
+use srn_core::receiver::{PeerFault, Receiver};
 use srn_core::state::Cause;
 use srn_core::wire::{
     Grain, HashRun, Item, LeafPages, Message, Place, RefuseCode, Under, Wanted, Way,
@@ -121,9 +123,12 @@ impl Taker {
                 session.misbehaved(&why);
             }
             Err(TakeError::Store(error)) => {
-                let text = format!("resync: {error}");
-                group.tell(Level::Alert, &text);
-                group.set_resync_trouble(Some(text.clone()));
+                let text = if matches!(error, StoreError::Full(_)) {
+                    format!("resync: {error}; {}", make_room(&name))
+                } else {
+                    format!("resync: {error}")
+                };
+                group.resync_failed(text.clone());
                 if matches!(error, StoreError::Io { .. } | StoreError::Stopped(_)) {
                     group.facts().failure = Some((Cause::DiskFailed, text.clone()));
                 }
@@ -131,8 +136,7 @@ impl Taker {
             }
             Err(TakeError::Other(failure)) => {
                 let text = format!("resync: {}", failure.message);
-                group.tell(Level::Alert, &text);
-                group.set_resync_trouble(Some(text.clone()));
+                group.resync_failed(text.clone());
                 let _ = session.send(&group.refuse(RefuseCode::Storage, text)).await;
             }
         }
@@ -144,6 +148,7 @@ impl Taker {
     async fn take(self, changes: Changes) -> std::result::Result<(), TakeError> {
         let Changes { header, mut reader, .. } = changes;
         let busy = self.group.resync.busy.clone().lock_owned().await;
+        self.group.resync.stop.store(false, Ordering::SeqCst);
         let taken = self.begin(header.way, header.total, header.begin).await?;
         let seeds = match header.way {
             Way::Compared => self.group.open_seeds(&self.catalog).await?,
@@ -159,6 +164,7 @@ impl Taker {
             codecs: Codecs::new(),
             seeds,
             here: None,
+            told: taken.settled,
             batches: VecDeque::new(),
             running,
             taken: Some(taken),
@@ -170,11 +176,13 @@ impl Taker {
                 // Bounded by credit too.
                 let (item, wire) = reader.next().await?;
                 let taken = self.lock().on_change(wire);
-                taken.map_err(|fault| LinkError::Misbehaved(fault.to_string()))?;
-                self.group
-                    .counters
-                    .wire_received
-                    .fetch_add(wire, std::sync::atomic::Ordering::Relaxed);
+                match taken {
+                    Ok(()) => {}
+                    // The stream was ended here.
+                    Err(PeerFault::UnexpectedStream) => return Ok(()),
+                    Err(fault) => return Err(LinkError::Misbehaved(fault.to_string())),
+                }
+                self.group.counters.wire_received.fetch_add(wire, Ordering::Relaxed);
                 let last = item == Item::End;
                 if items.send((item, wire)).await.is_err() || last {
                     return Ok(());
@@ -229,11 +237,10 @@ impl Taker {
         let room = leap.room();
         if way != Way::Compared && total > room {
             return Err(Failure::refused(format!(
-                "what changed at the production node is {} MiB, and {} MiB are free for it here; \
-                 make room: srn group branches {name}, srn checkpoint delete, srn retention set \
-                 {name}, or a larger state volume",
+                "what changed at the production node is {} MiB, and {} MiB are free for it here; {}",
                 total >> 20,
-                room >> 20
+                room >> 20,
+                make_room(&name)
             ))
             .into());
         }
@@ -267,7 +274,7 @@ impl Taker {
         if way == Way::Compared {
             self.group.resync_done();
         }
-        self.group.set_resync_trouble(None);
+        self.group.resync_goes_on();
         self.group.decide_anew();
         self.group.maintainer.wake();
         let ack = self.lock().on_leapt();
@@ -322,11 +329,19 @@ struct Work {
     seeds: Seeds,
     /// What is here, to be compared.
     here: Option<View>,
+    /// Hashes of everything before this place came.
+    told: Place,
     batches: VecDeque<Batch>,
     running: Running,
     taken: Option<Taken>,
     _busy: tokio::sync::OwnedMutexGuard<()>,
 }
+
+/// Batches of hashes that may come before the first is settled; a primary sends fewer ahead.
+const AHEAD_MAX: usize = 8;
+
+/// A primary that does not hear what is wanted for so long is given up.
+const SEND_PATIENCE: Duration = Duration::from_secs(30);
 
 /// Things that have come and wait to be taken in.
 const QUEUED_MAX: usize = 256;
@@ -336,24 +351,49 @@ type Queue = mpsc::Receiver<(Item, u64)>;
 impl Work {
     /// Gives what was taken in once it is whole. What is not stays with the group, for a while.
     fn run(mut self, mut queue: Queue) -> std::result::Result<Option<Taken>, TakeError> {
-        let mut whole = false;
+        let mut ended = Ok(false);
         while let Some((item, wire)) = queue.blocking_recv() {
-            whole = item == Item::End;
-            self.item(item)?;
+            let last = item == Item::End;
+            ended = self.item(item).map(|()| last);
+            if ended.is_err() {
+                break;
+            }
             self.settle(wire);
         }
-        if whole && self.batches.is_empty() {
-            return Ok(self.taken.take());
-        }
-        if whole {
-            return Err(TakeError::Peer("ended before everything was settled".into()));
+        let settled =
+            self.batches.is_empty() && (!self.is_comparing() || self.expected().is_none());
+        match ended {
+            Ok(true) if settled => return Ok(self.taken.take()),
+            Ok(true) => {
+                return Err(TakeError::Peer("ended before everything was settled".into()));
+            }
+            // What came of it cannot be trusted, or takes room that is needed.
+            Err(error @ (TakeError::Peer(_) | TakeError::Store(_))) => return Err(error),
+            Ok(false) | Err(_) => {}
         }
         if self.group.role() == Role::Secondary
             && let Some(taken) = self.taken.take()
         {
             *self.group.resync.taken() = Some((taken, clock::mono()));
         }
-        Ok(None)
+        ended.map(|_| None)
+    }
+
+    /// The next leaf whose hash is to come; none behind the last one.
+    fn expected(&self) -> Option<(DiskNo, u64)> {
+        let disks = &self.taken.as_ref()?.leap.catalog().disks;
+        let mut from_here = disks.range(self.told.disk..);
+        from_here.find_map(|(no, disk)| match *no == self.told.disk {
+            true if self.told.sector >= disk.sectors => None,
+            true => Some((*no, self.told.sector / Grain::Leaf.sectors())),
+            false => Some((*no, 0)),
+        })
+    }
+
+    /// Whether it was taken in before the stream was cut.
+    fn was_taken(&self, disk: DiskNo, extent: Extent) -> bool {
+        let taken = self.taken.as_ref();
+        self.is_comparing() && taken.is_some_and(|taken| (disk, extent.end()) <= taken.leap.next())
     }
 
     /// It is in memory no longer: grants more.
@@ -368,7 +408,9 @@ impl Work {
         match item {
             Item::Zero { disk, extent, trim } => {
                 self.locals_before(disk, extent)?;
-                self.leap()?.zero(disk, extent, trim)?;
+                if !self.was_taken(disk, extent) {
+                    self.leap()?.zero(disk, extent, trim)?;
+                }
             }
             Item::Content { disk, extent, codec, sum, stored } => {
                 let mut content = vec![0; usize::try_from(extent.bytes()).unwrap_or(0)];
@@ -378,6 +420,9 @@ impl Work {
                     return Err(TakeError::Peer(format!("damaged content at {extent}")));
                 }
                 self.locals_before(disk, extent)?;
+                if self.was_taken(disk, extent) {
+                    return Ok(());
+                }
                 self.leap()?.content(disk, extent.start, &content)?;
                 if !self.is_comparing() {
                     self.done(extent.bytes());
@@ -440,6 +485,9 @@ impl Work {
     }
 
     fn local(&mut self, disk: DiskNo, local: Local) -> std::result::Result<(), TakeError> {
+        if self.was_taken(disk, local.extent) {
+            return Ok(());
+        }
         match local.what {
             LocalKind::Zero => self.leap()?.zero(disk, local.extent, false)?,
             LocalKind::Seed(hash) => {
@@ -487,6 +535,9 @@ impl Work {
         if first.checked_add(count).is_none_or(|last| last > to.div_ceil(leaf)) {
             return Err(TakeError::Peer("hashes behind the end of a disk".into()));
         }
+        if self.expected() != Some((disk, first)) || self.batches.len() >= AHEAD_MAX {
+            return Err(TakeError::Peer("hashes out of turn".into()));
+        }
         let mine = self.hashes(disk, leaf, first, count)?;
         let mut wanted =
             Wanted { group: self.group.id, nonce: self.nonce, disk, first, leaves: Vec::new() };
@@ -494,6 +545,9 @@ impl Work {
         for ((number, mine), theirs) in (0..).zip(&mine).zip(&theirs) {
             let start = (first + u64::from(number)) * leaf;
             let extent = Extent::new(start, leaf.min(to - start));
+            if self.group.resync.stop.load(Ordering::SeqCst) {
+                return Err(TakeError::Gone);
+            }
             match theirs {
                 GrainHash::Unreadable => {
                     return Err(TakeError::Peer("hashes of what it cannot read".into()));
@@ -522,13 +576,19 @@ impl Work {
             }
         }
         let end = ((first + count) * leaf).min(to);
+        self.told = Place { disk, sector: end };
         let numbers = wanted.leaves.iter().map(|(number, _)| *number).collect();
         self.batches.push_back(Batch { disk, first, end, wanted: numbers, locals });
         let handle = self.group.context.link().clone();
         let session = self.session.clone();
-        handle
-            .block_on(async move { session.send(&Message::Wanted(wanted)).await })
-            .map_err(|_| TakeError::Gone)
+        let sent = handle.block_on(async move {
+            let message = Message::Wanted(wanted);
+            tokio::time::timeout(SEND_PATIENCE, session.send(&message)).await
+        });
+        match sent {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(_)) | Err(_) => Err(TakeError::Gone),
+        }
     }
 
     /// Sectors of a disk at the later frame.
@@ -583,6 +643,14 @@ impl Work {
         }
         Ok(pages)
     }
+}
+
+/// What a person can do about a volume that has no room for it.
+fn make_room(group: &str) -> String {
+    format!(
+        "make room: delete branches (srn group branches {group}) or checkpoints (srn checkpoint delete), \
+         keep less (srn retention set {group}), or give the state volume more space"
+    )
 }
 
 /// The pages of a leaf.
