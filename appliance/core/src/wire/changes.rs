@@ -7,6 +7,7 @@
 use alloc::vec::Vec;
 
 use super::integrity::{put_runs, runs};
+use super::stream::opening;
 use super::{VERSION, WireError};
 use crate::bytes::{Reader, Writer};
 use crate::extent::Extent;
@@ -116,18 +117,7 @@ impl ChangesHeader {
     /// [`WireError`] when it is none, or of another version.
     pub fn decode(bytes: &[u8; Self::LEN]) -> Result<Self, WireError> {
         let mut reader = Reader::new(bytes);
-        if reader.array()? != MAGIC {
-            return Err(WireError::OutOfRange("magic number of the stream of changes"));
-        }
-        match reader.u16()? {
-            VERSION => {}
-            theirs => return Err(WireError::Version { theirs }),
-        }
-        if reader.u16()? != 0 {
-            return Err(WireError::OutOfRange("reserved bytes"));
-        }
-        let group = GroupId(reader.array()?);
-        let nonce = reader.u64()?;
+        let (group, nonce) = opening(&mut reader, MAGIC)?;
         let way = u8::try_from(reader.u32()?).ok().and_then(Way::from_code);
         let way = way.ok_or(WireError::OutOfRange("way of finding changes"))?;
         let catalog_len = reader.u32()?;

@@ -48,22 +48,28 @@ impl StreamHeader {
     /// [`WireError`] when it is none, or of another version.
     pub fn decode(bytes: &[u8; Self::LEN]) -> Result<Self, WireError> {
         let mut reader = Reader::new(bytes);
-        if reader.array()? != MAGIC {
-            return Err(WireError::OutOfRange("magic number of the frame stream"));
-        }
-        match reader.u16()? {
-            VERSION => {}
-            theirs => return Err(WireError::Version { theirs }),
-        }
-        if reader.u16()? != 0 {
-            return Err(WireError::OutOfRange("reserved bytes"));
-        }
-        Ok(Self {
-            group: GroupId(reader.array()?),
-            nonce: reader.u64()?,
-            first: Seq(reader.u64()?),
-        })
+        let (group, nonce) = opening(&mut reader, MAGIC)?;
+        Ok(Self { group, nonce, first: Seq(reader.u64()?) })
     }
+}
+
+/// What every stream begins with: its magic number, the version; the group and the nonce of the offer
+/// that was accepted, which it gives.
+pub(super) fn opening(
+    reader: &mut Reader<'_>,
+    magic: [u8; 4],
+) -> Result<(GroupId, u64), WireError> {
+    if reader.array()? != magic {
+        return Err(WireError::OutOfRange("magic number of the stream"));
+    }
+    match reader.u16()? {
+        VERSION => {}
+        theirs => return Err(WireError::Version { theirs }),
+    }
+    if reader.u16()? != 0 {
+        return Err(WireError::OutOfRange("reserved bytes"));
+    }
+    Ok((GroupId(reader.array()?), reader.u64()?))
 }
 
 /// The lengths of the frame that follows in a stream, from its envelope.
