@@ -214,7 +214,7 @@ fn after_any_crash_it_sees_what_the_daemon_will_see() {
             "cache",
         ],
     };
-    srn_testkit::seeds::run(&simulation, 60);
+    srn_testkit::seeds::run(&simulation, 80);
 }
 
 fn look_after_crashes(seed: u64) -> Coverage {

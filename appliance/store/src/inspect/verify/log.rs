@@ -89,6 +89,8 @@ impl Work<'_> {
 
     fn check_header(&mut self, file: &LogFile, meta: Option<&SegmentMeta>) {
         let text = match file.header {
+            // A crash may have kept a frame and torn the header before it.
+            HeaderState::Damaged(_) if meta.is_none() && !self.is_proven(file) => return,
             HeaderState::Damaged(_) => "the header is damaged; its first frame says what it was",
             // Of a file that is not listed it is what a crash leaves of a segment being begun.
             HeaderState::Lost if meta.is_some() => "the header is damaged, and no frame follows it",
@@ -108,6 +110,20 @@ impl Work<'_> {
         self.damaged(damage);
     }
 
+    /// Whether something in a file that is not listed tells that its beginning was durable.
+    fn is_proven(&self, file: &LogFile) -> bool {
+        let first = file.header.header().map_or(Seq::ZERO, |header| header.first);
+        self.watermark(file).is_ok_and(|watermark| watermark >= first)
+    }
+
+    /// The newest frame that something in a file knows to be durable.
+    fn watermark(&self, file: &LogFile) -> Result<Seq> {
+        let Some(target) = file.target() else { return Ok(Seq::ZERO) };
+        let mut frames = scan(&target, &self.files.pool)?;
+        while frames.next(true)?.is_some() {}
+        Ok(frames.tail()?.watermark)
+    }
+
     /// Follows a segment's frames, also behind damage. Of a sealed one every frame has to be there;
     /// of another one those that something written later knew to be durable.
     fn check_segment(
@@ -118,11 +134,7 @@ impl Work<'_> {
         let Some(target) = file.target() else { return Ok(ControlFlow::Continue(())) };
         let durable = match sealed {
             Some((_, meta)) => meta.last.seq,
-            None => {
-                let mut frames = scan(&target, &self.files.pool)?;
-                while frames.next(true)?.is_some() {}
-                frames.tail()?.watermark
-            }
+            None => self.watermark(file)?,
         };
         self.report.counts.segments += 1;
         let mut frames = scan(&target, &self.files.pool)?;
