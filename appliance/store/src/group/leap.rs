@@ -50,9 +50,17 @@ pub struct Leap {
     effort: Effort,
     /// The first place that may come next.
     next: (DiskNo, u64),
-    /// Room that is left for content, in bytes.
+    /// Room that is left, in bytes.
     room: u64,
+    /// Taken of it since it was looked at.
+    since: u64,
 }
+
+/// After so many bytes it is looked at anew what room there is: others take of it too.
+const LOOK_BYTES: u64 = 64 << 20;
+
+/// What an entry of the index takes, in bytes.
+const ENTRY_BYTES: u64 = 32;
 
 impl Group {
     /// Begins a leap of the main line to a later position. The line's appender must have closed its
@@ -88,6 +96,7 @@ impl Group {
             effort,
             next: (DiskNo(0), 0),
             room,
+            since: 0,
         })
     }
 }
@@ -129,6 +138,7 @@ impl Leap {
     /// [`StoreError::Invalid`] out of order; as the volume says.
     pub fn zero(&mut self, disk: DiskNo, extent: Extent, trim: bool) -> Result<()> {
         self.check(disk, extent)?;
+        self.take_room(0)?;
         self.output.zero(disk, extent, trim)
     }
 
@@ -145,12 +155,7 @@ impl Leap {
         self.check(disk, extent)?;
         let mut stored = Vec::with_capacity(content.len());
         let how = self.codecs.encode(self.effort, content, &mut stored);
-        self.room = self.room.checked_sub(stored.len() as u64).ok_or_else(|| {
-            StoreError::Full(format!(
-                "what changed at the peer does not fit; {} MiB are kept free",
-                RESERVE_BYTES >> 20
-            ))
-        })?;
+        self.take_room(stored.len() as u64)?;
         let block = Block {
             stored: &stored,
             codec: how.codec,
@@ -158,6 +163,23 @@ impl Leap {
             sectors: u8::try_from(sectors).unwrap_or(u8::MAX),
         };
         self.output.block(disk, start, block)
+    }
+
+    /// An entry, and so many bytes of content.
+    fn take_room(&mut self, stored: u64) -> Result<()> {
+        let bytes = stored + ENTRY_BYTES;
+        self.since += bytes;
+        if self.since >= LOOK_BYTES {
+            self.since = 0;
+            self.room = self.room.min(self.group.room_for_layers()?);
+        }
+        self.room = self.room.checked_sub(bytes).ok_or_else(|| {
+            StoreError::Full(format!(
+                "what changed at the peer does not fit; {} MiB are kept free",
+                RESERVE_BYTES >> 20
+            ))
+        })?;
+        Ok(())
     }
 
     fn check(&mut self, disk: DiskNo, extent: Extent) -> Result<()> {

@@ -271,6 +271,11 @@ impl Taker {
         };
         tokio::task::spawn_blocking(work).await.map_err(|_| TakeError::Gone)??;
         let head = self.group.store.head().seq;
+        if way == Way::Compared && self.group.settings().resync.is_none() {
+            let text = "resync: it could not be proven that what this replica held before is of \
+                        production's history; its older points stay what they were";
+            self.group.tell(Level::Info, text);
+        }
         if way == Way::Compared {
             self.group.resync_done();
         }
