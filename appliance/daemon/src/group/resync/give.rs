@@ -1,7 +1,7 @@
 //! The primary's side: sends what the secondary lacks, as the secondary grants.
 
 use std::collections::VecDeque;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -405,6 +405,22 @@ fn read(mut reader: Reader, mut codecs: Codecs, effort: Effort) -> tokio::task::
     })
 }
 
+/// A flag that is raised until this is dropped: also when whoever waits is cut off.
+struct Raised<'a>(&'a AtomicBool);
+
+impl<'a> Raised<'a> {
+    fn new(flag: &'a AtomicBool) -> Self {
+        flag.store(true, Ordering::SeqCst);
+        Self(flag)
+    }
+}
+
+impl Drop for Raised<'_> {
+    fn drop(&mut self) {
+        self.0.store(false, Ordering::SeqCst);
+    }
+}
+
 /// How long the log may take to be merged before something is given.
 const MERGE_PATIENCE: Duration = Duration::from_secs(60);
 
@@ -415,7 +431,7 @@ impl Group {
         if !self.may_track() || self.log_fill() < 0.25 {
             return;
         }
-        self.resync.merging.store(true, Ordering::SeqCst);
+        let _merging = Raised::new(&self.resync.merging);
         let began = Instant::now();
         let mut least = u64::MAX;
         let mut since = began;
@@ -432,7 +448,6 @@ impl Group {
             self.maintainer.wake();
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
-        self.resync.merging.store(false, Ordering::SeqCst);
     }
 
     /// What is being given to the peer: the frame that it goes out from, if that is to be told apart,
@@ -458,5 +473,22 @@ impl Group {
             drop(given);
             drop(gone);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The log would be merged for ever, under a stream that still needs its frames.
+    #[tokio::test]
+    async fn a_wait_that_is_cut_off_leaves_no_flag_raised() {
+        let flag = AtomicBool::new(false);
+        let waiting = async {
+            let _raised = Raised::new(&flag);
+            std::future::pending::<()>().await;
+        };
+        let cut = tokio::time::timeout(Duration::from_millis(1), waiting).await;
+        assert!(cut.is_err() && !flag.load(Ordering::SeqCst));
     }
 }
