@@ -92,17 +92,8 @@ impl Group {
     ) -> Result<(), Why> {
         let mut why = "the peer has not got it".to_owned();
         for at in self.places_to_ask_at() {
-            let bytes = match self.ask_content(at, disk, extent).await {
-                Ok(bytes) => bytes,
-                Err(Unanswered::NotInHistory(_)) => continue,
-                Err(Unanswered::NoCopy) => {
-                    return Err("the peer keeps a local cache, which has no copy of it".into());
-                }
-                Err(Unanswered::Failed(failure)) => {
-                    why = failure.message;
-                    continue;
-                }
-            };
+            let asked = self.ask_content(at, disk, extent).await;
+            let Some(bytes) = had(asked, &mut why)? else { continue };
             let store = self.store.clone();
             let done = idle::run(move || store.repair_pages(disk, first, &bytes, at));
             let done = done.await.map_err(words)?.map_err(|error| error.to_string())?;
@@ -127,17 +118,8 @@ impl Group {
         let Some(LayerBlock { whole, places }) = block else { return Ok(()) };
         let mut why = "the peer has it at no position that it keeps".to_owned();
         for at in places.into_iter().chain(self.newest_of_both()) {
-            let bytes = match self.ask_content(at, disk, whole).await {
-                Ok(bytes) => bytes,
-                Err(Unanswered::NotInHistory(_)) => continue,
-                Err(Unanswered::NoCopy) => {
-                    return Err("the peer keeps a local cache, which has no copy of it".into());
-                }
-                Err(Unanswered::Failed(failure)) => {
-                    why = failure.message;
-                    continue;
-                }
-            };
+            let asked = self.ask_content(at, disk, whole).await;
+            let Some(bytes) = had(asked, &mut why)? else { continue };
             let store = self.store.clone();
             let done = idle::run(move || store.repair_block(file, disk, extent, &bytes)).await;
             match done.map_err(words)?.map_err(|error| error.to_string())? {
@@ -252,6 +234,22 @@ impl Group {
         let missing = idle::run(move || store.missing_frames(epoch, first, last)).await;
         missing.map_err(words)?.map_err(|error| error.to_string())
     }
+}
+
+/// What the peer has, if it is worth looking at; nothing when another place may do, and why not.
+///
+/// # Errors
+/// When no place will.
+fn had(asked: Result<Vec<u8>, Unanswered>, why: &mut Why) -> Result<Option<Vec<u8>>, Why> {
+    match asked {
+        Ok(bytes) => return Ok(Some(bytes)),
+        Err(Unanswered::NotInHistory(_)) => {}
+        Err(Unanswered::NoCopy) => {
+            return Err("the peer keeps a local cache, which has no copy of it".into());
+        }
+        Err(Unanswered::Failed(failure)) => *why = failure.message,
+    }
+    Ok(None)
 }
 
 fn words(failure: Failure) -> Why {
